@@ -1,0 +1,83 @@
+"""The whole of a run's configuration and the checks that need no plug-in declarations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from contracts.config.base import Section
+from contracts.config.learner import LearnerConfig, PipelineConfig, VaultConfig, WeightsConfig
+from contracts.config.model import ModelConfig
+from contracts.config.objectives import CreditConfig, ObjectiveConfig
+from contracts.config.rollout import EvalConfig, PromptsConfig, RolloutConfig, SamplerConfig
+from contracts.config.scoring import RewardConfig, ScorerConfig
+
+
+class StopConfig(Section):
+    """When a run ends: at the first limit reached."""
+
+    steps: int | None = Field(default=None, gt=0, description="learner steps")
+    seconds: float | None = Field(default=None, gt=0, description="seconds of training, evaluations left out")
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> StopConfig:
+        if self.steps is None and self.seconds is None:
+            raise ValueError("a run needs an end: set stop.steps or stop.seconds")
+        return self
+
+
+class TelemetryConfig(Section):
+    """What is exported and where."""
+
+    metrics_host: str = Field(default="127.0.0.1", description="address /metrics listens on")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="0: any free port, written to the run folder")
+    tensorboard: bool = True
+    sinks: tuple[Literal["wandb", "mlflow"], ...] = ()
+    watchdog_s: float = Field(default=900.0, gt=0, description="without a finished step for so long, stacks are dumped")
+
+
+class ClusterConfig(Section):
+    """The Ray cluster the run lives in."""
+
+    address: str | None = Field(default=None, description="None: RAY_ADDRESS, else a local Ray of the run's own")
+    num_cpus: int | None = Field(default=None, gt=0, description="CPUs of a local Ray; None: as many as the plan needs")
+    object_store_mb: int = Field(default=400, gt=75, description="object store of a local Ray")
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(default=0, ge=0)
+    runs_dir: str = Field(default="runs", description="local path or fsspec URL under which runs/<name> is written")
+    exist: Literal["fail", "replace"] = Field(default="fail", description="what to do when the run folder exists")
+    model: ModelConfig
+    prompts: PromptsConfig = PromptsConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
+    reward: RewardConfig = RewardConfig()
+    credit: CreditConfig = CreditConfig()
+    objective: ObjectiveConfig
+    learner: LearnerConfig = LearnerConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    weights: WeightsConfig = WeightsConfig()
+    vault: VaultConfig = VaultConfig()
+    eval: EvalConfig = EvalConfig()
+    stop: StopConfig
+    telemetry: TelemetryConfig = TelemetryConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def learner_micro_batch(self) -> int:
+        return self.learner.micro_batch or self.rollout.micro_batch
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> RunConfig:
+        names = [scorer.name for scorer in self.scorers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"scorers have duplicate names: {', '.join(names)}; give each its own name")
+        if all(scorer.held_out for scorer in self.scorers):
+            raise ValueError("every scorer is held_out, so there is no reward; let one of them train")
+        return self

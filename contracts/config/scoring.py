@@ -1,0 +1,54 @@
+"""The jury: reward servers, what of their tables counts, deadlines and retries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from contracts.config.base import Section
+
+
+class ScorerConfig(Section):
+    """One member of the jury, reached in exactly one of three ways: url, serve or function."""
+
+    name: str = Field(description="its name in tables, metrics and reports")
+    urls: tuple[str, ...] = Field(default=(), description="running reward servers (replicas of one scorer)")
+    serve: str | None = Field(
+        default=None, description="a scorer of `reward_servers list` or module:Class that the run serves itself over HTTP"
+    )
+    function: str | None = Field(
+        default=None, description="module:function(images, prompts, metadata) -> numbers, called in the dispatcher"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a served scorer's class")
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="column -> weight in the reward; empty: the first column with weight 1"
+    )
+    required: bool = Field(default=True, description="a sample without its score is invalid; else it contributes 0")
+    held_out: bool = Field(default=False, description="measured, never trained on")
+    version: str = Field(default="latest", description="'latest' or an exact version")
+    max_batch: int = Field(default=64, gt=0, description="images a request")
+    concurrency: int = Field(default=8, gt=0, description="requests in flight to this scorer")
+    timeout_s: float = Field(default=30.0, gt=0, description="one request")
+    deadline_s: float = Field(default=120.0, gt=0, description="all attempts of one group's scoring")
+    max_retries: int = Field(default=3, ge=0, description="further attempts of one request")
+    retry_budget: float = Field(default=0.2, ge=0, description="retries allowed as a share of requests, plus 10")
+    breaker_failures: int = Field(default=5, gt=0, description="consecutive failures that open the circuit")
+    breaker_reset_s: float = Field(default=5.0, gt=0, description="seconds an open circuit waits before a probe")
+    token_env: str = Field(default="SALON_REWARD_TOKEN", description="environment variable with the bearer token")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ScorerConfig:
+        if sum([bool(self.urls), self.serve is not None, self.function is not None]) != 1:
+            raise ValueError(f"scorer {self.name!r} needs exactly one of urls, serve or function")
+        if self.held_out and self.weights:
+            raise ValueError(f"scorer {self.name!r} is held_out and cannot have weights; remove one of them")
+        return self
+
+
+class RewardConfig(Section):
+    """From many score columns to one reward a sample: the weighted sum over scorers' `weights`."""
+
+    min_valid: int = Field(default=2, gt=0, description="valid samples a group needs to be trained")
+    drop_zero_variance: bool = True
+    lease_s: float = Field(default=300.0, gt=0, description="seconds the scoring of a group may take")

@@ -1,0 +1,107 @@
+"""Every error Salon raises on purpose, as one tree.
+
+SalonError
+├── ConfigError         a run that cannot work, found before the first image (names the field and the way out)
+├── RegistryError       an unknown name, or a `module:Class` that does not load
+├── PayloadError        bytes that break the wire format or a limit
+├── LedgerError         a transition that the life of a group does not allow
+│   └── StaleLease      the result of an expired or superseded attempt
+├── ScoringError        a reward server that cannot be used at all (a failed *score* is an outcome, not an error)
+├── WeightsError
+│   ├── WeightsNotProven   an actor's live tensors differ from the published version
+│   └── WeightsTimeout     weights did not reach a node in time
+└── LearnerError
+    ├── RankLost        a learner rank died or hangs; all ranks must be rebuilt
+    └── NonFiniteLoss   the loss or gradient is not finite
+
+Does not own: exit codes' use (cluster/cli), HTTP status codes (reward_servers/app).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a scheduler can act on."""
+
+    FINISHED = 0
+    FAILED = 1
+    CONFIG = 2
+    GUARD_STOP = 3
+    STOPPED_RESUMABLE = 75  # EX_TEMPFAIL: run it again
+
+
+class SalonError(Exception):
+    """Root of all errors that are told to a user in one message, without a traceback."""
+
+    exit_code = ExitCode.FAILED
+
+
+class ConfigError(SalonError):
+    """A configuration that cannot work.
+
+    field: dotted path of the offending key(s); problem: what is wrong; way_out: what to write instead.
+    """
+
+    exit_code = ExitCode.CONFIG
+
+    def __init__(self, field: str, problem: str, way_out: str = "") -> None:
+        self.field, self.problem, self.way_out = field, problem, way_out
+        super().__init__(f"{field}: {problem}" + (f" — {way_out}" if way_out else ""))
+
+
+class ConfigErrors(SalonError):
+    """Several ConfigErrors at once, so that one validation shows every mismatch."""
+
+    exit_code = ExitCode.CONFIG
+
+    def __init__(self, errors: list[ConfigError]) -> None:
+        self.errors = errors
+        super().__init__("\n".join(str(error) for error in errors))
+
+
+class RegistryError(SalonError):
+    """An unknown entry, or a `module:Class` that cannot be imported."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class PayloadError(SalonError):
+    """Bytes that break the wire format or exceed a stated limit."""
+
+
+class LedgerError(SalonError):
+    """A transition that the life of a sample group does not allow."""
+
+
+class StaleLease(LedgerError):
+    """A result whose fencing token has expired or was superseded; it must be dropped, it is already accounted for."""
+
+
+class ScoringError(SalonError):
+    """A reward server that cannot be used at all."""
+
+
+class WeightsError(SalonError):
+    """Weights did not arrive as published."""
+
+
+class WeightsNotProven(WeightsError):
+    """The digest or the canary of an actor's live tensors contradicts the published version."""
+
+
+class WeightsTimeout(WeightsError):
+    """Weights did not reach a node in time."""
+
+
+class LearnerError(SalonError):
+    """The learner cannot go on with this step."""
+
+
+class RankLost(LearnerError):
+    """A rank died or hangs: every rank must be rebuilt from the last state."""
+
+
+class NonFiniteLoss(LearnerError):
+    """A loss or gradient norm is NaN or infinite."""

@@ -1,0 +1,86 @@
+"""The one catalogue of metrics (law 9): every Prometheus series and every key of metrics.jsonl is named here.
+
+One prefix (`salon_`), base units (seconds, bytes), `_total` for counters. Components register the series they own
+from here (cluster/telemetry and reward_servers/telemetry); a name that is not here cannot be exported.
+Does not own: prometheus_client (it is no dependency of contracts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One series. role: the process that exports it; labels beside `run`, which the controller's all carry."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    help: str
+    role: Literal["controller", "reward_server"]
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+def _controller(name: str, type_: str, help_: str, *labels: str, buckets: tuple[float, ...] = ()) -> Metric:
+    return Metric(f"salon_{name}", type_, help_, "controller", ("run", *labels), buckets)  # type: ignore[arg-type]
+
+
+def _server(name: str, type_: str, help_: str, *labels: str, buckets: tuple[float, ...] = ()) -> Metric:
+    return Metric(f"salon_{name}", type_, help_, "reward_server", ("scorer", *labels), buckets)  # type: ignore[arg-type]
+
+
+CATALOGUE: tuple[Metric, ...] = (
+    _controller("step", "gauge", "Learner steps finished."),
+    _controller("images_painted_total", "counter", "Images painted by actors (or the learner, or read from files)."),
+    _controller("images_trained_total", "counter", "Images in the lineage of the current weights."),
+    _controller("images_discarded_total", "counter", "Images discarded, by reason.", "reason"),
+    _controller("groups", "gauge", "Groups alive, by state.", "state"),
+    _controller("queue_capacity_groups", "gauge", "Groups that may be alive at once."),
+    _controller("weight_version", "gauge", "Latest published weight version."),
+    _controller("staleness_steps", "histogram", "Steps between a trained group's weights and its update.",
+                buckets=(0.0, 1.0, 2.0, 3.0, 4.0, 8.0, 16.0)),
+    _controller("images_per_second", "gauge", "Trained images a second over the last minute."),
+    _controller("images_per_second_per_gpu", "gauge", "The same over all GPUs of the run: actors, learner and reward "
+                "servers counted (CPU slots where there is no GPU)."),
+    _controller("phase_seconds_total", "counter", "Wall time by role and phase.", "role", "phase"),
+    _controller("paint_seconds", "histogram", "Painting of one group.", "actor", buckets=SECONDS_BUCKETS),
+    _controller("score_seconds", "histogram", "Scoring of one group, by scorer.", "scorer", buckets=SECONDS_BUCKETS),
+    _controller("update_seconds", "histogram", "One learner step.", buckets=SECONDS_BUCKETS),
+    _controller("weight_publish_seconds", "histogram", "From the end of a step to weights offered.",
+                buckets=SECONDS_BUCKETS),
+    _controller("weight_load_seconds", "histogram", "Load and proof of weights in an actor.", "actor",
+                buckets=SECONDS_BUCKETS),
+    _controller("weight_unproven_total", "counter", "Loads whose digest or canary contradicted the publication.",
+                "actor"),
+    _controller("score_outcomes_total", "counter", "Score entries by scorer and outcome.", "scorer", "outcome"),
+    _controller("score_retries_total", "counter", "Requests repeated.", "scorer"),
+    _controller("breaker_open", "gauge", "1 while the circuit to a scorer is open.", "scorer"),
+    _controller("reward_mean", "gauge", "Mean of a score column over the last step.", "scorer", "column"),
+    _controller("reward_std", "gauge", "Standard deviation of the same.", "scorer", "column"),
+    _controller("eval_score", "gauge", "Mean of the judging column over held-out prompts.", "split"),
+    _controller("train_metric", "gauge", "A metric of the objective (loss, kl, clip_fraction, ...).", "name"),
+    _controller("log_prob_mismatch", "gauge", "Mean |ratio - 1| before the first update of a step."),
+    _controller("effective_sample_size", "gauge", "Share of the batch that the importance weights leave effective."),
+    _controller("drift_nats", "gauge", "Mean KL from behaviour to proximal policy a step, in nats."),
+    _controller("actor_restarts_total", "counter", "Actors restarted.", "actor"),
+    _controller("learner_rebuilds_total", "counter", "Times all learner ranks were rebuilt.", "reason"),
+    _controller("lease_expired_total", "counter", "Leases that expired, by state.", "state"),
+    _controller("vault_bytes", "gauge", "Bytes held by vaults.", "where"),
+    _controller("process_memory_bytes", "gauge", "Resident memory of a process of the run.", "process"),
+    _controller("checkpoint_seconds", "histogram", "Writing of a learner state.", buckets=SECONDS_BUCKETS),
+    _server("reward_requests_total", "counter", "Requests by HTTP status.", "status"),
+    _server("reward_images_total", "counter", "Images answered, by outcome.", "outcome"),
+    _server("reward_request_seconds", "histogram", "A request from arrival to answer.", buckets=SECONDS_BUCKETS),
+    _server("reward_batch_images", "histogram", "Images in one call of the scorer.", buckets=BATCH_BUCKETS),
+    _server("reward_scorer_seconds", "histogram", "One call of the scorer.", buckets=SECONDS_BUCKETS),
+    _server("reward_queue_depth", "gauge", "Images waiting for the scorer."),
+    _server("reward_queue_capacity", "gauge", "Images that may wait before 429 is answered."),
+    _server("reward_ready", "gauge", "1 when weights are loaded, the canary is scored and the queue is not full."),
+)  # fmt: skip
+
+BY_NAME = {metric.name: metric for metric in CATALOGUE}

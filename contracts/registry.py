@@ -1,0 +1,164 @@
+"""Every plug-in of Salon as a row: kind, name, where it stands, which paper it comes from, what it needs or gives.
+
+Targets are strings ("policy.samplers.flow_sde:FlowSDE"), so listing imports nothing. A user's own class is named the
+same way in the configuration ("my_module:MyScorer") and is found in the working directory: no fork, no entry here.
+To add a method: one file in the kind's folder, one row here, one config variant.
+
+Does not own: what a kind's class must offer (each folder's base.py), configuration variants (config/).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from contracts.declarations import CreditGives, Declaration, ObjectiveNeeds, PromptsGive, SamplerGives, ScorerGives
+from contracts.errors import RegistryError
+from contracts.wire import Source
+
+Kind = Literal["family", "sampler", "objective", "credit", "engine", "scorer", "prompts"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plug-in. slugs name catalogue entries (may be empty); paper is a title, 'standard' or 'Salon'."""
+
+    kind: Kind
+    name: str
+    target: str
+    paper: str
+    summary: str
+    slugs: tuple[str, ...] = ()
+    declares: Declaration = None
+
+    @property
+    def file(self) -> str:
+        """Path of the module that holds it, relative to the repository root."""
+        return self.target.split(":")[0].replace(".", "/") + ".py"
+
+    def row(self) -> dict[str, Any]:
+        """The row `python -m cluster methods --json` prints."""
+        return {
+            "kind": self.kind, "name": self.name, "slugs": list(self.slugs), "paper": self.paper, "file": self.file,
+            "summary": self.summary,
+        }  # fmt: skip
+
+
+FLOW_GRPO = "Flow-GRPO: Training Flow Matching Models via Online RL (2505.05470)"
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("family", "sd3", "policy.families.sd3:SD3Family", "Scaling Rectified Flow Transformers (2403.03206)",
+          "SD3, SD3.5 and the playground's small model: a diffusers StableDiffusion3Pipeline folder"),
+    Entry("sampler", "ode", "policy.samplers.ode:ODE", "standard", "Euler step of the flow ODE, deterministic",
+          ("ode-ddim",), SamplerGives(log_probs=False)),
+    Entry("sampler", "flow_sde", "policy.samplers.flow_sde:FlowSDE", FLOW_GRPO,
+          "reverse SDE with sigma = a sqrt(s/(1-s)): stochastic steps with a log-prob",
+          ("flow-sde",), SamplerGives(log_probs=True, gaussian_density=True, params=("noise_level",))),
+    Entry("sampler", "dance_sde", "policy.samplers.dance_sde:DanceSDE", "DanceGRPO (2505.07818)",
+          "reverse SDE with a constant diffusion coefficient",
+          ("dance-sde",), SamplerGives(log_probs=True, gaussian_density=True, params=("noise_level",))),
+    Entry("sampler", "cps", "policy.samplers.cps:CPS", "Coefficients-Preserving Sampling (2509.05952)",
+          "flow step that keeps the total noise level: clean images at few steps",
+          ("cps",), SamplerGives(log_probs=True, gaussian_density=True, params=("noise_level",))),
+    Entry("objective", "grpo", "learner.objectives.grpo:GRPO", FLOW_GRPO,
+          "clipped policy gradient on the recorded steps with group-relative advantages", ("grpo",),
+          ObjectiveNeeds(states=True, log_probs=True)),
+    Entry("objective", "ppo", "learner.objectives.ppo:PPO", "PPO (1707.06347), DDPO (2305.13301)",
+          "clipped policy gradient with a learned value of every denoising state", ("ddpo-ppo",),
+          ObjectiveNeeds(states=True, log_probs=True, critic=True)),
+    Entry("objective", "nft", "learner.objectives.nft:NFT", "DiffusionNFT (2509.16117)",
+          "flow matching on own samples, towards good ones and away from bad ones, around an EMA policy", ("nft",),
+          ObjectiveNeeds(clean=True, snapshots=("old",), guidance="none", paints_with="sampling")),
+    Entry("objective", "dpo", "learner.objectives.dpo:DPO", "Diffusion-DPO (2311.12908)",
+          "preference pairs, best against worst of a group or read from files", ("diffusion-dpo",),
+          ObjectiveNeeds(unit="pair", clean=True, snapshots=("ref",), guidance="none",
+                         sources=(Source.ACTORS, Source.FILES))),
+    Entry("objective", "alignprop", "learner.objectives.alignprop:AlignProp", "AlignProp (2310.03739)",
+          "back-propagates a differentiable reward through the last sampling steps", ("alignprop",),
+          ObjectiveNeeds(reward_gradient=True, sources=(Source.LEARNER,))),
+    Entry("credit", "group", "learner.credit.group:GroupAdvantage", FLOW_GRPO,
+          "reward minus the group's mean, over the group's or the batch's standard deviation", ("grpo",),
+          CreditGives()),
+    Entry("credit", "gae", "learner.credit.gae:GAE", "High-Dimensional Continuous Control Using GAE (1506.02438)",
+          "generalised advantage estimation along the recorded denoising steps", ("ddpo-ppo",),
+          CreditGives(shape="step", needs_values=True)),
+    Entry("engine", "plain", "learner.engines.plain:PlainEngine", "standard", "torch AdamW, DDP over several ranks"),
+    Entry("engine", "deepspeed", "learner.engines.deepspeed:DeepSpeedEngine", "ZeRO (1910.02054)",
+          "DeepSpeed ZeRO stages 0 to 3"),
+    Entry("scorer", "playground_verifier", "reward_servers.scorers.playground_verifier:PlaygroundVerifier", "Salon",
+          "the playground's exact verifier: strict, dense and their mean", (),
+          ScorerGives(columns=("reward", "strict", "dense"), metadata_keys=("playground",))),
+    Entry("scorer", "playground_cnn", "reward_servers.scorers.playground_cnn:PlaygroundCNN", "Salon",
+          "a small CNN fitted to the verifier's dense score, with gradients", (),
+          ScorerGives(columns=("score",), gradients=True, metadata_keys=("playground",))),
+    Entry("scorer", "jpeg_size", "reward_servers.scorers.jpeg_size:JpegSize", "DDPO (2305.13301)",
+          "size of the JPEG-compressed image in kilobytes: compressibility with a negative weight", ("ddpo-ppo",),
+          ScorerGives(columns=("kilobytes",))),
+    Entry("scorer", "colourfulness", "reward_servers.scorers.colourfulness:Colourfulness",
+          "Measuring colourfulness in natural images (Hasler and Suesstrunk, 2003)",
+          "opponent-colour colourfulness of the image", (), ScorerGives(columns=("colourfulness",))),
+    Entry("prompts", "playground", "actors.prompts.playground:PlaygroundPrompts", "Salon",
+          "captions of the playground world, with held-out splits", (),
+          PromptsGive(metadata_keys=("playground",), has_held_out=True)),
+    Entry("prompts", "text", "actors.prompts.files:TextPrompts", "Salon", "one prompt a line of a text file", (),
+          PromptsGive(has_held_out=True)),
+    Entry("prompts", "jsonl", "actors.prompts.files:JsonlPrompts", "Salon",
+          "JSON lines with `prompt` (or `text`) and metadata", (), PromptsGive(has_held_out=True)),
+    Entry("prompts", "parquet", "actors.prompts.files:ParquetPrompts", "Salon",
+          "a parquet file with a prompt column; other columns are metadata", (), PromptsGive(has_held_out=True)),
+    Entry("prompts", "pairs", "actors.prompts.pairs:PreferencePairs", "Salon",
+          "preference pairs of image files from JSON lines: prompt, chosen, rejected", (),
+          PromptsGive(source=Source.FILES)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plug-in by name or `module:Class`, with its declaration; `load()` imports it."""
+
+    kind: Kind
+    name: str
+    target: str
+    declares: Declaration
+
+    def load(self) -> Any:
+        """The class or function itself. Raises RegistryError naming what could not be imported."""
+        return import_target(self.target)
+
+
+def entries(kind: Kind | None = None) -> list[Entry]:
+    """All rows, or those of one kind, in the order listed."""
+    return [entry for entry in ENTRIES if kind is None or entry.kind == kind]
+
+
+def names(kind: Kind) -> list[str]:
+    return [entry.name for entry in entries(kind)]
+
+
+def resolve(kind: Kind, name: str) -> Resolved:
+    """The plug-in `name` of `kind`; `module:Class` is imported for its `declares`, built-in entries are not.
+
+    Raises RegistryError with the names that exist.
+    """
+    if ":" in name:
+        return Resolved(kind, name, name, getattr(import_target(name), "declares", None))
+    for entry in entries(kind):
+        if entry.name == name:
+            return Resolved(kind, name, entry.target, entry.declares)
+    raise RegistryError(f"no {kind} named {name!r}; there are {', '.join(names(kind))}, or your own as 'module:Class'")
+
+
+def import_target(target: str) -> Any:
+    """The object behind 'module:attribute', with the working directory importable."""
+    module_name, _, attribute = target.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise RegistryError(f"{target}: cannot import {error.name!r} from the working directory or the environment") from error
+    except AttributeError as error:
+        raise RegistryError(f"{target}: module {module_name!r} has no {attribute!r}") from error
