@@ -1,0 +1,1 @@
+"""What needs torch: the base pipeline, its pretraining, and the differentiable scorer."""

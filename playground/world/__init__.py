@@ -1,0 +1,1 @@
+"""Scenes, captions, renderer, verifier and prompt splits. Never imports torch."""
