@@ -40,7 +40,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class CreditBatch:
-    """The whole claimed batch as credit sees it, keyed by group id. critic_values [G,K+1] only if declared."""
+    """The whole claimed batch as credit sees it, keyed by group id. critic_values [G,K] only if declared."""
 
     rewards: Mapping[int, Rewards]
     critic_values: Mapping[int, np.ndarray] = field(default_factory=dict)

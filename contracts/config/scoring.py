@@ -52,3 +52,6 @@ class RewardConfig(Section):
     min_valid: int = Field(default=2, gt=0, description="valid samples a group needs to be trained")
     drop_zero_variance: bool = True
     lease_s: float = Field(default=300.0, gt=0, description="seconds the scoring of a group may take")
+    optional_grace_s: float = Field(
+        default=10.0, ge=0, description="seconds optional scorers get after the required ones have answered"
+    )

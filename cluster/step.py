@@ -1,0 +1,115 @@
+"""One learner step as pure functions: from score tables to the job that the ranks execute.
+
+The cluster (controller.py) and the in-process loop (inprocess.py) call exactly these, in this order, so asynchrony
+can change speed only (law 2). Does not own: credit and plan themselves (learner/), leases and books (ledger.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from contracts import registry
+from contracts.config import RunConfig
+from contracts.declarations import ObjectiveNeeds, PromptsGive
+from contracts.scores import ScoreTable, point_table
+from contracts.wire import DiscardReason, GroupHeader, Source
+from learner.credit.rewards import combine, filter_group
+from learner.plan import plan_updates
+from learner.types import Credit, CreditBatch, Rewards, StepJob
+
+if TYPE_CHECKING:
+    from learner.credit.base import CreditEntry
+
+PREFERENCE = "preference"
+"""Name of the table that stands for a pair read from files: sample 0 was chosen over sample 1."""
+
+
+def objective_needs(config: RunConfig) -> ObjectiveNeeds:
+    """What the configured objective declares. An own class without `declares` needs what the defaults say."""
+    declares = registry.resolve("objective", config.objective.name).declares
+    return declares if isinstance(declares, ObjectiveNeeds) else ObjectiveNeeds()
+
+
+def group_source(config: RunConfig) -> Source:
+    """Where this run's groups come from: the learner itself, files, or actors."""
+    needs = objective_needs(config)
+    if needs.sources == (Source.LEARNER,):
+        return Source.LEARNER
+    declares = registry.resolve("prompts", config.prompts.source).declares
+    return declares.source if isinstance(declares, PromptsGive) else Source.ACTORS
+
+
+def unscored_tables(header: GroupHeader) -> dict[str, ScoreTable]:
+    """Tables of groups that no jury sees before the update: pairs from files (their labels), the learner's own."""
+    if header.source is Source.FILES:
+        return {PREFERENCE: point_table(PREFERENCE, "file", [PREFERENCE], np.array([1.0, 0.0]))}
+    return {}
+
+
+def group_rewards(header: GroupHeader, tables: Mapping[str, ScoreTable], config: RunConfig) -> Rewards:
+    """One group's rewards from its tables. Groups of the learner's own painting are valid and carry none yet."""
+    size = header.group_size
+    if header.source is Source.LEARNER:
+        return Rewards(np.zeros(size), np.ones(size, bool), np.zeros(size))
+    if PREFERENCE in tables:
+        values, valid = tables[PREFERENCE].column(PREFERENCE)
+        return Rewards(values.astype(np.float64), valid, np.zeros(size))
+    return combine(tables, config.scorers)
+
+
+def discard_reason(header: GroupHeader, rewards: Rewards, config: RunConfig) -> DiscardReason | None:
+    """Why a scored group cannot be trained, or None. Decided before the claim."""
+    if header.source is not Source.ACTORS:
+        return None
+    return filter_group(rewards, config.reward, config.objective, objective_needs(config))
+
+
+def make_credit(config: RunConfig) -> CreditEntry:
+    """The credit entry of the run: `gae` with a critic, else `group`."""
+    name = "gae" if objective_needs(config).critic else "group"
+    return cast("CreditEntry", registry.resolve("credit", name).load()(config.credit, config.objective))
+
+
+def draft_job(step: int, version: int, headers: Mapping[int, GroupHeader], config: RunConfig) -> StepJob:
+    """A job without credit, for the pass that computes critic values."""
+    nothing = Credit({gid: np.zeros(header.group_size) for gid, header in headers.items()})
+    valid = {gid: np.ones(header.group_size, bool) for gid, header in headers.items()}
+    plans = plan_updates(headers, valid, nothing, objective_needs(config), config, step, single=True)
+    return StepJob(step, version, dict(headers), nothing, tuple(plans))
+
+
+def make_job(
+    step: int,
+    version: int,
+    headers: Mapping[int, GroupHeader],
+    rewards: Mapping[int, Rewards],
+    config: RunConfig,
+    credit_entry: CreditEntry,
+    critic_values: Mapping[int, np.ndarray] | None = None,
+) -> StepJob:
+    """The job of one learner step: credit over the whole claimed batch, then the plan of updates."""
+    credit = credit_entry.advantages(CreditBatch(dict(rewards), dict(critic_values or {})))
+    valid = {gid: rewards[gid].valid for gid in headers}
+    plans = plan_updates(headers, valid, credit, objective_needs(config), config, step)
+    return StepJob(step, version, dict(headers), credit, tuple(plans))
+
+
+def reward_metrics(tables: Mapping[int, Mapping[str, ScoreTable]]) -> dict[str, dict[str, float]]:
+    """'scorer/column' -> mean and std over the valid entries of a step's groups."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for of_group in tables.values():
+        for name, table in of_group.items():
+            if table.kind != "point":
+                continue
+            for column in table.columns:
+                values, valid = table.column(column)
+                columns.setdefault(f"{name}/{column}", []).append(values[valid])
+    joined = {key: np.concatenate(parts).astype(np.float64) for key, parts in columns.items()}
+    return {
+        key: {"mean": float(values.mean()), "std": float(values.std()), "count": float(len(values))}
+        for key, values in joined.items()
+        if len(values)
+    }
