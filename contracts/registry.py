@@ -159,6 +159,8 @@ def import_target(target: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        raise RegistryError(f"{target}: cannot import {error.name!r} from the working directory or the environment") from error
+        raise RegistryError(
+            f"{target}: cannot import {error.name!r} from the working directory or the environment"
+        ) from error
     except AttributeError as error:
         raise RegistryError(f"{target}: module {module_name!r} has no {attribute!r}") from error

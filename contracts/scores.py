@@ -29,7 +29,7 @@ from pydantic import Field
 from contracts.errors import PayloadError
 from contracts.wire import Message
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Literal[1] = 1
 
 TableKind = Literal["point", "step", "pair", "region"]
 

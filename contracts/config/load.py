@@ -99,31 +99,37 @@ def _explain(item: Any) -> ConfigError:
         return ConfigError(field, "is required")
     if item["type"] == "union_tag_invalid":
         expected = item["ctx"]["expected_tags"].replace("'", "").replace(", custom", "")
-        return ConfigError(f"{field}.name", f"unknown objective {item['ctx']['tag']!r}", f"one of {expected}, or module:Class")
+        return ConfigError(
+            f"{field}.name", f"unknown objective {item['ctx']['tag']!r}", f"one of {expected}, or module:Class"
+        )
     message = item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item["input"], dict | BaseModel) else f" (given {item['input']!r})"
     return ConfigError(field or "configuration", message + given)
 
 
 def _did_you_mean(location: Sequence[int | str]) -> str:
-    section: Any = RunConfig
+    models: list[Any] = [RunConfig]
     for part in location[:-1]:
-        section = _descend(section, part)
-        if section is None:
-            return "remove it"
-    known = list(section.model_fields)
+        models = _descend(models, part)
+    if not models:
+        return "remove it"
+    known = list(models[0].model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 
 
-def _descend(section: Any, part: int | str) -> Any:
-    """The model one level down `part`, through optionals, tuples and tagged unions; None where there is none."""
-    models = [section] if isinstance(part, int) else _models_in(section.model_fields[part].annotation) if part in getattr(section, "model_fields", {}) else [section]
-    for model in models:
-        default = model.model_fields.get("name")
-        if isinstance(part, str) and default is not None and default.default == part:
-            return model
-    return models[0] if models else None
+def _descend(models: list[Any], part: int | str) -> list[Any]:
+    """The models one level down `part`; a position in a list keeps them, an objective's tag picks one of them."""
+    if isinstance(part, int):
+        return models
+    fields = [model.model_fields[part] for model in models if part in model.model_fields]
+    inner = [model for field in fields for model in _models_in(field.annotation)]
+    return inner or [model for model in models if _tag(model) == part]
+
+
+def _tag(model: Any) -> str:
+    name = model.model_fields.get("name")
+    return name.default if name is not None and isinstance(name.default, str) else "custom"
 
 
 def _models_in(annotation: Any) -> list[Any]:

@@ -65,13 +65,17 @@ class DPOConfig(Section):
     draws: int = Field(default=1, gt=0, description="(time, noise) draws a pair")
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     min_margin: float = Field(default=0.0, ge=0, description="reward gap a pair needs; ties are always skipped")
-    pairs_per_group: int = Field(default=1, gt=0, description="best against worst, second best against second worst, ...")
+    pairs_per_group: int = Field(
+        default=1, gt=0, description="best against worst, second best against second worst, ..."
+    )
 
 
 class AlignPropConfig(Section):
     name: Literal["alignprop"] = "alignprop"
     loss_coeff: float = Field(default=0.01, gt=0)
-    truncation: Literal["fixed", "uniform", "rand"] = Field(default="rand", description="how the truncation step is drawn")
+    truncation: Literal["fixed", "uniform", "rand"] = Field(
+        default="rand", description="how the truncation step is drawn"
+    )
     truncation_mean: float = Field(default=0.84, gt=0, lt=1, description="rand: mean as a share of the steps")
     truncation_std: float = Field(default=0.1, ge=0, description="rand: standard deviation as a share of the steps")
     checkpoint: bool = Field(default=True, description="recompute activations of each denoising call in backward")

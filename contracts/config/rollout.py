@@ -92,7 +92,11 @@ class EvalConfig(Section):
     num_prompts: int = Field(default=200, gt=0)
     images_per_prompt: int = Field(default=1, gt=0)
     during_prompts: int = Field(default=64, gt=0, description="prompts of an evaluation in mid-run")
-    sampling: EvalSampling | None = Field(default=None, description="None: the rollout's steps, shift and guidance, ODE")
-    scorer: str | None = Field(default=None, description="scorer that judges; None: the first held_out one, else the first")
+    sampling: EvalSampling | None = Field(
+        default=None, description="None: the rollout's steps, shift and guidance, ODE"
+    )
+    scorer: str | None = Field(
+        default=None, description="scorer that judges; None: the first held_out one, else the first"
+    )
     column: str | None = Field(default=None, description="its column read as accuracy; None: 'strict', else the first")
     samples_to_save: int = Field(default=16, ge=0, description="images kept under samples/ at each evaluation")

@@ -15,7 +15,7 @@ class ScorerConfig(Section):
     name: str = Field(description="its name in tables, metrics and reports")
     urls: tuple[str, ...] = Field(default=(), description="running reward servers (replicas of one scorer)")
     serve: str | None = Field(
-        default=None, description="a scorer of `reward_servers list` or module:Class that the run serves itself over HTTP"
+        default=None, description="a scorer of `reward_servers list` or module:Class that the run serves by itself"
     )
     function: str | None = Field(
         default=None, description="module:function(images, prompts, metadata) -> numbers, called in the dispatcher"
