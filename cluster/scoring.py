@@ -1,0 +1,158 @@
+"""The dispatcher: hands images to the jury and brings back typed tables. One asyncio Ray actor a run.
+
+Invariant: every call ends within the scorers' deadlines with a table for every scorer; a score that could not be had
+is an outcome in it, never an exception and never a number. Pixels pass from a vault through this process to the reward
+servers; the controller sees tables only.
+Does not own: HTTP, retries and circuit breakers (reward_servers.client), rewards (learner/credit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from contracts import registry
+from contracts.config.scoring import RewardConfig, ScorerConfig
+from contracts.declarations import ScorerGives
+from contracts.scores import Outcome, ScoreTable, failed_table
+from contracts.wire import GroupHeader, PromptSpec
+
+
+class Judge(Protocol):
+    """What the dispatcher asks of a scorer's client (reward_servers.client.RewardClient, FunctionScorer)."""
+
+    stats: Any
+
+    async def score(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        *,
+        want_gradients: bool = False,
+        deadline_s: float | None = None,
+    ) -> ScoreTable: ...
+
+    async def aclose(self) -> None: ...
+
+
+def make_judge(config: ScorerConfig) -> Judge:
+    """The client of one scorer, by HTTP or in this process."""
+    from reward_servers.client import FunctionScorer, RewardClient
+
+    return FunctionScorer(config) if config.function else RewardClient(config)
+
+
+class Jury:
+    """All scorers of a run, asked together."""
+
+    def __init__(self, scorers: Sequence[ScorerConfig], reward: RewardConfig) -> None:
+        self.scorers = {scorer.name: scorer for scorer in scorers}
+        self.judges: dict[str, Judge] = {scorer.name: make_judge(scorer) for scorer in scorers}
+        self.reward = reward
+        self.seconds: dict[str, float] = {}
+
+    async def score(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        names: Sequence[str] | None = None,
+        group: bool = False,
+    ) -> dict[str, ScoreTable]:
+        """One table a scorer, for N images. Optional scorers get a grace after the required ones have answered.
+
+        group: the images are one group that is to be trained on; otherwise an evaluation, which waits for everyone.
+        """
+        chosen = [self.scorers[name] for name in (names or self.scorers)]
+        tasks = {
+            scorer.name: asyncio.create_task(self._one(scorer, images, prompts, metadata), name=scorer.name)
+            for scorer in chosen
+        }
+        required = [tasks[s.name] for s in chosen if s.required or s.held_out or not group]
+        if required:
+            await asyncio.wait(required)
+        waiting = [task for task in tasks.values() if not task.done()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=self.reward.optional_grace_s)
+        return {name: self._table(name, task, len(images)) for name, task in tasks.items()}
+
+    async def _one(
+        self, scorer: ScorerConfig, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> ScoreTable:
+        start = time.monotonic()
+        try:
+            return await self.judges[scorer.name].score(images, prompts, metadata, deadline_s=scorer.deadline_s)
+        finally:
+            self.seconds[scorer.name] = time.monotonic() - start
+
+    def _table(self, name: str, task: asyncio.Task[ScoreTable], num_images: int) -> ScoreTable:
+        if not task.done():
+            task.cancel()
+            return failed_table(name, "", declared_columns(self.scorers[name]), num_images, Outcome.TIMED_OUT, "grace over")
+        error = task.exception()
+        if error is not None:
+            reason = f"{type(error).__name__}: {error}"
+            return failed_table(name, "", declared_columns(self.scorers[name]), num_images, Outcome.FAILED, reason)
+        return task.result()
+
+    async def aclose(self) -> None:
+        for judge in self.judges.values():
+            await judge.aclose()
+
+
+def declared_columns(scorer: ScorerConfig) -> tuple[str, ...]:
+    """Columns a scorer is known to answer with, from its registry row, else from its weights, else ('score',)."""
+    if scorer.serve and ":" not in scorer.serve:
+        declares = registry.resolve("scorer", scorer.serve).declares
+        if isinstance(declares, ScorerGives):
+            return declares.columns
+    return tuple(scorer.weights) or ("score",)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=256)
+class Dispatcher:
+    """Reads a group's images from its vault and asks the jury."""
+
+    def __init__(self, scorers: Sequence[ScorerConfig], reward: RewardConfig, vaults: Mapping[str, Any]) -> None:
+        from cluster.processes import prepare_process
+
+        prepare_process("dispatcher")
+        self.jury = Jury(scorers, reward)
+        self.vaults = dict(vaults)
+
+    async def ready(self) -> int:
+        return os.getpid()
+
+    async def score_group(self, vault: str, group_id: int) -> tuple[dict[str, ScoreTable], dict[str, float]]:
+        """Tables of a stored group and the seconds each scorer took."""
+        handle = self.vaults[vault]
+        header_ref, arrays_ref = handle.header.remote(group_id), handle.get.remote(group_id, ("images",))
+        header, arrays = await asyncio.gather(_value(header_ref), _value(arrays_ref))
+        tables = await self._score(header, arrays["images"])
+        return tables, dict(self.jury.seconds)
+
+    async def _score(self, header: GroupHeader, images: np.ndarray) -> dict[str, ScoreTable]:
+        prompts = [header.prompt.text] * len(images)
+        return await self.jury.score(images, prompts, [header.prompt.metadata] * len(images), group=True)
+
+    async def score_images(
+        self, images: np.ndarray, prompts: Sequence[PromptSpec], names: Sequence[str]
+    ) -> dict[str, ScoreTable]:
+        """Tables of images of an evaluation, one prompt an image."""
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        return await self.jury.score(images, texts, metadata, names)
+
+    async def stats(self) -> dict[str, Any]:
+        """What each client counted: requests, retries, breaker state."""
+        return {name: judge.stats for name, judge in self.jury.judges.items()}
+
+
+async def _value(ref: Any) -> Any:
+    return await ref

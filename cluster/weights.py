@@ -1,0 +1,79 @@
+"""The weight store: published versions, offered to actors, which load them at their own group boundary.
+
+Invariant: a version's arrays, digest and canary are published together, and an actor that says it holds a version has
+proven it by the digest of its live tensors and by a canary output closer to this version than to the one before.
+The arrays live in the object store, one copy a node, read without copying; this process holds references only.
+Does not own: how tensors are exported and loaded (policy/weights.py), when to publish (controller.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from contracts.errors import WeightsTimeout
+from contracts.wire import WeightOffer
+
+
+@dataclass(frozen=True)
+class PublishedVersion:
+    """One version: its offer and references to its arrays and canary outputs."""
+
+    offer: WeightOffer
+    arrays: Any  # ObjectRef of dict[str, np.ndarray], or the dict itself
+    canary_current: np.ndarray
+    canary_previous: np.ndarray | None
+    published_at: float
+
+
+class WeightStore:
+    """Keeps the latest version and tells every actor about it."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.latest: PublishedVersion | None = None
+        self._canaries: dict[int, np.ndarray] = {}
+
+    @property
+    def version(self) -> int:
+        return -1 if self.latest is None else self.latest.offer.version
+
+    def add(self, offer: WeightOffer, arrays: Any, canary: np.ndarray) -> PublishedVersion:
+        """Make `offer` the latest version. The previous version's arrays are released with their reference."""
+        previous = None if self.latest is None else self.latest.canary_current
+        self.latest = PublishedVersion(offer, arrays, canary, previous, time.time())
+        return self.latest
+
+    def offer_to(self, actor: Any) -> Any:
+        """Hand the latest version to one actor; returns the reference of its acknowledgement."""
+        latest = self.latest
+        assert latest is not None, "offer_to before the first publication"
+        return actor.offer.remote(latest.offer, latest.arrays, latest.canary_current, latest.canary_previous)
+
+    async def wait_acknowledged(self, acknowledgements: Mapping[str, Any]) -> list[str]:
+        """Names of the actors that did not take the offer in time."""
+        if not acknowledgements:
+            return []
+        names = list(acknowledgements)
+        results = await asyncio.gather(
+            *(asyncio.wait_for(_value(acknowledgements[name]), self.timeout_s) for name in names), return_exceptions=True
+        )
+        return [name for name, result in zip(names, results, strict=True) if isinstance(result, BaseException)]
+
+
+async def _value(ref: Any) -> Any:
+    return await ref
+
+
+def require_in_time(ref: Any, timeout_s: float, what: str) -> Any:
+    """ray.get with a deadline. Raises WeightsTimeout."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise WeightsTimeout(f"{what} did not arrive within {timeout_s:.0f} s") from error

@@ -1,0 +1,275 @@
+"""Ray processes around the plain classes: rollout actor, learner rank, host of a reward server.
+
+Each wrapper adds what only the cluster needs: a lock around the denoising thread, the way to the vaults, the pending
+weights, the process group. The work itself is actors.painter, learner.rank and reward_servers, which know no Ray.
+Does not own: who is asked for what (controller.py), where they are placed (placement.py).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from contracts.config import RunConfig
+from contracts.config.rollout import EvalSampling
+from contracts.config.scoring import ScorerConfig
+from contracts.errors import WeightsTimeout
+from contracts.wire import PaintReceipt, PromptSpec, PromptTask, Source, StepReport, WeightOffer, WeightProof
+from learner.types import StepJob
+
+
+def vault_name(group_id: int, count: int) -> str:
+    """The vault that owns a group's bytes."""
+    return f"vault-{group_id % count}"
+
+
+class _PendingWeights:
+    """The newest offer not yet loaded, and a condition to wait on it."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.offer: tuple[WeightOffer, Mapping[str, np.ndarray], np.ndarray, np.ndarray | None] | None = None
+        self.loaded = -1
+
+    def put(self, offer: WeightOffer, arrays: Mapping[str, np.ndarray], *canaries: Any) -> None:
+        with self.condition:
+            newest = self.loaded if self.offer is None else self.offer[0].version
+            if offer.version > newest:
+                self.offer = (offer, arrays, *canaries)
+                self.condition.notify_all()
+
+    def wait_for(self, version: int, timeout_s: float) -> float:
+        """Block until `version` or a later one is loaded or offered; returns the seconds waited."""
+        start = time.monotonic()
+        with self.condition:
+            if not self.condition.wait_for(lambda: self._available() >= version, timeout_s):
+                raise WeightsTimeout(f"version {version} was not offered within {timeout_s:.0f} s")
+        return time.monotonic() - start
+
+    def _available(self) -> int:
+        return self.loaded if self.offer is None else self.offer[0].version
+
+    def take(self) -> Any:
+        with self.condition:
+            offer, self.offer = self.offer, None
+            return offer
+
+
+@ray.remote(max_restarts=-1, max_concurrency=8)
+class ActorWorker:
+    """A rollout actor: paints groups one at a time, stores them, acknowledges with a receipt.
+
+    Invariant: one group, one version: weights are loaded between groups, under the denoising lock. Decoding and
+    storing of one group run beside the denoising of the next.
+    """
+
+    def __init__(self, config: RunConfig, name: str, vaults: Mapping[str, Any]) -> None:
+        from cluster.processes import prepare_process
+
+        prepare_process(name, config.rollout.threads)
+        from actors.painter import Painter
+
+        self.name, self.config, self.vaults = name, config, dict(vaults)
+        self.painter = Painter(config)
+        self.pending = _PendingWeights()
+        self.denoising = threading.Lock()
+        self.new_proof: WeightProof | None = None
+        self.version = -1
+
+    def ready(self) -> dict[str, Any]:
+        return {"name": self.name, "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+
+    def offer(
+        self, offer: WeightOffer, arrays: Mapping[str, np.ndarray], canary: np.ndarray, previous: np.ndarray | None
+    ) -> int:
+        """Take note of published weights; they are loaded before the next group."""
+        self.pending.put(offer, arrays, canary, previous)
+        return offer.version
+
+    def paint(self, task: PromptTask) -> PaintReceipt:
+        """Paint (or encode) one group, store it and acknowledge."""
+        with self.denoising:
+            waited = self._load_pending(task.min_version)
+            start = time.perf_counter()
+            unfinished = self._begin(task)
+            painted_seconds = time.perf_counter() - start
+            version = self.version
+            proof, self.new_proof = self.new_proof, None
+        group = self.painter.finish(unfinished) if task.source is not Source.FILES else unfinished
+        start = time.perf_counter()
+        num_bytes, vault = self._store(group)
+        return PaintReceipt(
+            group_id=task.group_id, attempt=task.attempt, weight_version=version, vault=vault, num_bytes=num_bytes,
+            paint_seconds=painted_seconds, store_seconds=time.perf_counter() - start, wait_weights_seconds=waited,
+            proof=proof, actor=self.name,
+        )  # fmt: skip
+
+    def _begin(self, task: PromptTask) -> Any:
+        if task.source is Source.FILES:
+            return self.painter.encode_pair(task)
+        return self.painter.denoise(task)
+
+    def paint_images(self, prompts: Sequence[PromptSpec], sampling: EvalSampling, seeds: Sequence[int]) -> np.ndarray:
+        """Images of an evaluation, uint8 [N,H,W,3], under the newest weights."""
+        with self.denoising:
+            self._load_pending(0)
+            return self.painter.paint_images(prompts, sampling, seeds)
+
+    def held_version(self) -> tuple[int, WeightProof | None]:
+        """Load what is pending and say which version is held, with its proof if it is new."""
+        with self.denoising:
+            self._load_pending(0)
+            proof, self.new_proof = self.new_proof, None
+            return self.version, proof
+
+    def _load_pending(self, min_version: int) -> float:
+        waited = self.pending.wait_for(min_version, self.config.weights.timeout_s)
+        taken = self.pending.take()
+        if taken is not None:
+            offer, arrays, canary, previous = taken
+            self.new_proof = self.painter.load(offer, arrays, canary, previous)
+            self.version = self.pending.loaded = offer.version
+        return waited
+
+    def _store(self, group: Any) -> tuple[int, str]:
+        vault = vault_name(group.header.group_id, len(self.vaults))
+        handle = self.vaults[vault]
+        for digest, arrays in group.embeddings.items():
+            ray.get([other.put_embedding.remote(digest, arrays) for other in self.vaults.values()])
+        return ray.get(handle.put.remote(group.header, group.arrays)), vault
+
+
+@ray.remote(max_restarts=0, max_concurrency=2)
+class RankWorker:
+    """A learner rank. Never restarted alone: when one dies or hangs, all are rebuilt (controller.py)."""
+
+    def __init__(self, config: RunConfig, rank: int, vaults: Mapping[str, Any], scorers: Sequence[ScorerConfig]) -> None:
+        from cluster.processes import prepare_process
+
+        prepare_process(f"learner-{rank}", config.learner.threads)
+        self.config, self.rank, self.vaults, self.scorers = config, rank, dict(vaults), list(scorers)
+        self.learner: Any = None
+        self.group_vault: dict[int, str] = {}
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port of this rank's node, for rank 0."""
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def build(self, address: str, port: int, state: str | None) -> dict[str, Any]:
+        """Join the process group, build the model and engine, and load `state` if given."""
+        world = self.config.learner.ranks
+        local_rank = "0" if self.config.learner.gpus_per_rank else str(self.rank)
+        os.environ.update(
+            MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), WORLD_SIZE=str(world), LOCAL_RANK=local_rank
+        )
+        from learner.rank import RankLearner, init_distributed
+
+        init_distributed(self.config, self.rank, world)
+        self.learner = RankLearner(self.config, self.rank, world, score_gradient=self._score_gradient())
+        if state is not None:
+            self.learner.load_state(Path(state))
+        return {"name": f"learner-{self.rank}", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+
+    def values(self, job: StepJob) -> dict[int, np.ndarray]:
+        return self.learner.values(job, self._fetch, self._fetch_embedding)
+
+    def update(self, job: StepJob) -> StepReport:
+        return self.learner.update(job, self._fetch, self._fetch_embedding)
+
+    def snapshot(self, version: int, step: int) -> tuple[Any, Any]:
+        """((offer, canary), arrays) on rank 0, (None, None) elsewhere. Called with num_returns=2."""
+        published = self.learner.snapshot(version, step)
+        if published is None:
+            return None, None
+        return (published.offer, published.canary_current), published.arrays
+
+    def save_state(self, folder: str) -> None:
+        self.learner.save_state(Path(folder))
+
+    def _fetch(self, group_id: int, names: tuple[str, ...], samples: slice) -> Mapping[str, np.ndarray]:
+        vault = self.vaults[vault_name(group_id, len(self.vaults))]
+        return ray.get(vault.get.remote(group_id, names, samples))
+
+    def _fetch_embedding(self, digest: str) -> Mapping[str, np.ndarray]:
+        return ray.get(next(iter(self.vaults.values())).get_embedding.remote(digest))
+
+    def _score_gradient(self) -> Any:
+        """A synchronous scorer with gradients, for objectives that back-propagate a reward."""
+        from cluster.step import objective_needs
+
+        if not objective_needs(self.config).reward_gradient:
+            return None
+        from reward_servers.client import SyncRewardClient
+
+        trained = next(scorer for scorer in self.scorers if not scorer.held_out)
+        client = SyncRewardClient(trained)
+
+        def score(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
+            return client.score(images, prompts, metadata, want_gradients=True)
+
+        return score
+
+
+@ray.remote(max_restarts=-1, max_concurrency=4)
+class ServerHost:
+    """Runs one reward server as a process of its own on this node, and starts it again when it dies."""
+
+    def __init__(self, scorer: ScorerConfig) -> None:
+        from cluster.processes import prepare_process
+
+        prepare_process(f"host-{scorer.name}")
+        self.scorer, self.port, self.restarts = scorer, 0, 0
+        self.process: Any = None
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+
+    def start(self) -> str:
+        """Start the server, wait until it is ready, return its URL."""
+        with self.lock:
+            if self.process is None:
+                self._launch()
+                threading.Thread(target=self._watch, daemon=True, name="server-watch").start()
+            return self.process.url
+
+    def info(self) -> dict[str, Any]:
+        """Process id, restarts, and node of the server."""
+        return {
+            "name": f"reward-{self.scorer.name}", "pid": self.process.pid, "restarts": self.restarts,
+            "node": ray.get_runtime_context().get_node_id(),
+        }  # fmt: skip
+
+    def stop(self) -> None:
+        self.stopping.set()
+        with self.lock:
+            if self.process is not None:
+                self.process.stop()
+
+    def _launch(self) -> None:
+        from reward_servers.client import ServerProcess
+
+        assert self.scorer.serve is not None
+        host = "127.0.0.1" if ray.util.get_node_ip_address() == "127.0.0.1" else ray.util.get_node_ip_address()
+        host = host if os.environ.get(self.scorer.token_env) else "127.0.0.1"
+        self.process = ServerProcess(self.scorer.serve, self.scorer.options, host=host, port=self.port)
+        self.process.start()
+        self.port = int(self.process.url.rsplit(":", 1)[1])  # the same address after a restart
+
+    def _watch(self) -> None:
+        while not self.stopping.wait(0.5):
+            if self.process.alive():
+                continue
+            with self.lock:
+                if not self.stopping.is_set():
+                    self.restarts += 1
+                    self._launch()
