@@ -1,0 +1,78 @@
+# The verbs of this repository. `make` alone lists them.
+#
+# PYTHON             the interpreter that makes .venv (3.11 or newer)
+# SALON_CONSTRAINTS  pip constraints; constraints-cpu.txt unless set, empty for none
+# CONFIG, ARGS       `make demo CONFIG=configs/playground_grpo.yaml ARGS="seed=1 stop.steps=5"`
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+SALON_CONSTRAINTS ?= constraints-cpu.txt
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+PY := .venv/bin/python
+STAMP := .venv/.salon-setup
+PACKAGES := contracts policy playground actors reward_servers learner cluster
+
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/.venv/bin:$(PATH)  # ninja, for the extension
+# Without g++ DeepSpeed cannot compile its extension: the demo then trains with the plain torch engine.
+HAS_CXX := $(shell command -v g++ >/dev/null 2>&1 && echo yes)
+
+.PHONY: help setup demo test lint format docs bench soak clean
+
+help:  ## list the verbs
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1|/' | \
+	  while IFS='|' read -r verb text; do printf '  make %-8s %s\n' "$$verb" "$$text"; done
+
+setup: $(STAMP)  ## build .venv and compile DeepSpeed's extension (once; again when the requirements change)
+
+$(STAMP): pyproject.toml $(wildcard $(SALON_CONSTRAINTS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' >.venv/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(SALON_CONSTRAINTS),-c $(SALON_CONSTRAINTS)) \
+	  -r .venv/requirements.txt
+ifeq ($(HAS_CXX),yes)
+	@echo "compiling DeepSpeed's extension (under a minute, once)"
+	@$(PY) .ci/build_deepspeed_op.py
+else
+	@echo "g++ not found: DeepSpeed's extension is not compiled; learner.engine=plain works without it"
+endif
+	@touch $@
+
+demo: $(STAMP)  ## train the playground model on this machine and print held-out accuracy before and after
+ifneq ($(HAS_CXX),yes)
+	@echo "g++ not found: the demo trains with the plain torch engine instead of DeepSpeed"
+endif
+	@$(PY) -m cluster train $(CONFIG) exist=replace $(if $(HAS_CXX),,learner.engine=plain) $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff, import rules, mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache
+	$(PY) -m mypy $(PACKAGES)
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+docs: $(STAMP)  ## regenerate docs/configuration.md
+	$(PY) docs/generate.py
+
+bench: $(STAMP)  ## run the benchmarks (interleaved A/B)
+	@$(PY) -m benchmarks bench $(ARGS)
+
+soak: $(STAMP)  ## train for long with faults injected
+	@$(PY) -m benchmarks soak $(ARGS)
+
+clean:  ## remove the environment, runs and caches
+	rm -rf .venv runs build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""What all tests share: one thread a process, explicit Ray authentication, the GPU marker, the miniature model."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+# Before torch or Ray is imported: two busy OpenMP threads on two cores are ruinous, and Ray's token mode must be
+# the same for every process a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests without CUDA; torch is imported only when there are some."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _has_cuda():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of the playground's architecture at miniature size, with random weights (seed 0)."""
+    import torch
+
+    from playground.train.pipeline import build_pipeline
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    build_pipeline(size="tiny", seed=0).save_pretrained(folder)
+    return folder
