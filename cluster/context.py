@@ -1,0 +1,113 @@
+"""What the loops of one run share: configuration, books, weights, telemetry, and a way to wake each other.
+
+Does not own: any decision. The loops (rollout_loop, scoring_loop, learner_loop) read and change the run through this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from contracts.config import RunConfig
+from contracts.scores import ScoreTable
+from contracts.wire import GroupHeader
+from learner.types import Rewards
+
+if TYPE_CHECKING:
+    from cluster.admission import Admission
+    from cluster.ledger import Ledger
+    from cluster.run_folder import RunFolder
+    from cluster.telemetry import Telemetry
+    from cluster.weights import WeightStore
+
+
+class Bell:
+    """Wakes every loop that waits for the state of the run to change."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def ring(self) -> None:
+        """Something changed: a group moved, weights were published, the run is stopping."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait_until(self, condition: Callable[[], bool], poll_s: float = 0.5) -> None:
+        """Return when condition() holds; it is looked at after every ring and at least every poll_s seconds."""
+        while not condition():
+            try:
+                await asyncio.wait_for(self._event.wait(), poll_s)
+            except TimeoutError:
+                continue
+
+
+@dataclass
+class Scored:
+    """What is kept in memory of a group between painting and its update; all of it can be read back."""
+
+    header: GroupHeader
+    tables: dict[str, ScoreTable] = field(default_factory=dict)
+    rewards: Rewards | None = None
+
+
+@dataclass
+class RunContext:
+    """The run."""
+
+    config: RunConfig
+    folder: RunFolder
+    ledger: Ledger
+    admission: Admission
+    store: WeightStore
+    telemetry: Telemetry
+    source: Any  # the prompt source
+    vaults: dict[str, Any]
+    bell: Bell = field(default_factory=Bell)
+    groups: dict[int, Scored] = field(default_factory=dict)
+    step: int = 0  # learner steps finished
+    stopping: bool = False
+    failure: BaseException | None = None
+    started: float = field(default_factory=time.monotonic)
+    train_started: float | None = None
+    evaluation_seconds: float = 0.0  # spent in mid-run evaluations, not counted as training
+
+    def vault(self, name: str) -> Any:
+        return self.vaults[name]
+
+    def stop(self, failure: BaseException | None = None) -> None:
+        """Ask every loop to end; the first failure is kept."""
+        if failure is not None and self.failure is None:
+            self.failure = failure
+        self.stopping = True
+        self.bell.ring()
+
+    def train_seconds(self) -> float:
+        """Seconds of training so far."""
+        if self.train_started is None:
+            return 0.0
+        return time.monotonic() - self.train_started - self.evaluation_seconds
+
+    def reached_end(self) -> bool:
+        """Whether a limit of `stop` is reached."""
+        stop = self.config.stop
+        if stop.steps is not None and self.step >= stop.steps:
+            return True
+        return stop.seconds is not None and self.train_seconds() >= stop.seconds
+
+    def share_done(self) -> float:
+        """Progress towards the nearest limit, 0 to 1."""
+        stop = self.config.stop
+        shares = [0.0]
+        if stop.steps is not None:
+            shares.append(self.step / stop.steps)
+        if stop.seconds is not None:
+            shares.append(self.train_seconds() / stop.seconds)
+        return min(1.0, max(shares))
+
+    def forget(self, group_ids: list[int]) -> None:
+        """Drop what is in memory of groups that left the run."""
+        for group_id in group_ids:
+            self.groups.pop(group_id, None)

@@ -1,0 +1,156 @@
+"""The whole loop in one process: the same pure functions as the cluster, without Ray, HTTP or queue.
+
+It is the reference of law 2 (a cluster run at max_staleness 0 equals it bit for bit), and the shortest description of
+what a run does: paint, score, discard or keep, credit, update, load the new weights.
+Does not own: anything the cluster does not use as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cluster.evaluate import LocalJury, make_source
+from cluster.step import (
+    discard_reason,
+    draft_job,
+    group_rewards,
+    group_source,
+    make_credit,
+    make_job,
+    objective_needs,
+    reward_metrics,
+    unscored_tables,
+)
+from contracts.config import RunConfig
+from contracts.scores import ScoreTable
+from contracts.wire import GroupHeader, PromptTask, Source, StepReport
+from learner.types import Rewards
+
+
+@dataclass
+class InProcessRun:
+    """State of an in-process run; `step()` makes one learner step."""
+
+    config: RunConfig
+    painter: Any
+    learner: Any
+    source: Any
+    jury: LocalJury
+    credit: Any
+    position: int = 0
+    steps: int = 0
+    version: int = -1
+    discarded: dict[str, int] = field(default_factory=dict)
+    embeddings: dict[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    arrays: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    canary: np.ndarray | None = None
+    painted: int = 0
+
+    def step(self) -> tuple[StepReport, dict[str, dict[str, float]]]:
+        """Paint and score until groups_per_step groups are ready, then update and load the new weights."""
+        headers: dict[int, GroupHeader] = {}
+        rewards: dict[int, Rewards] = {}
+        tables: dict[int, dict[str, ScoreTable]] = {}
+        while len(headers) < self.config.rollout.groups_per_step:
+            header, group_tables = self._make_group()
+            group_reward = group_rewards(header, group_tables, self.config)
+            reason = discard_reason(header, group_reward, self.config)
+            if reason is not None:
+                self.discarded[reason] = self.discarded.get(reason, 0) + header.group_size
+                continue
+            gid = header.group_id
+            headers[gid], rewards[gid], tables[gid] = header, group_reward, group_tables
+        report = self._update(headers, rewards)
+        self.arrays.clear()
+        self.publish()
+        return report, reward_metrics(tables)
+
+    def publish(self) -> None:
+        """Hand the learner's weights to the painter, with the same proof as on a cluster."""
+        published = self.learner.snapshot(self.version + 1, self.steps)
+        self.painter.load(published.offer, published.arrays, published.canary_current, self.canary)
+        self.canary, self.version = published.canary_current, published.offer.version
+
+    def _make_group(self) -> tuple[GroupHeader, dict[str, ScoreTable]]:
+        task = PromptTask(
+            group_id=self.position, attempt=0, prompt=self.source.at(self.position),
+            group_size=group_size(self.config), min_version=self.version, deadline_s=3600.0,
+            source=group_source(self.config),
+        )  # fmt: skip
+        self.position += 1
+        group = paint_group(self.painter, task)
+        self.painted += task.group_size
+        self.embeddings.update(group.embeddings)
+        self.arrays[task.group_id] = group.arrays
+        if task.source is not Source.ACTORS:
+            return group.header, unscored_tables(group.header)
+        texts, metadata = [task.prompt.text] * task.group_size, [task.prompt.metadata] * task.group_size
+        return group.header, self.jury.score(group.arrays["images"], texts, metadata)
+
+    def _update(self, headers: dict[int, GroupHeader], rewards: dict[int, Rewards]) -> StepReport:
+        number = self.steps + 1
+        values = None
+        if objective_needs(self.config).critic:
+            job = draft_job(number, self.version, headers, self.config)
+            values = self.learner.values(job, self._fetch, self._fetch_embedding)
+        job = make_job(number, self.version, headers, rewards, self.config, self.credit, values)
+        report = self.learner.update(job, self._fetch, self._fetch_embedding)
+        self.steps = number
+        return report
+
+    def _fetch(self, group_id: int, names: tuple[str, ...], samples: slice) -> Mapping[str, np.ndarray]:
+        return {name: self.arrays[group_id][name][samples] for name in names}
+
+    def _fetch_embedding(self, digest: str) -> Mapping[str, np.ndarray]:
+        return self.embeddings[digest]
+
+
+def group_size(config: RunConfig) -> int:
+    """Samples a group: a pair read from files has two."""
+    return 2 if group_source(config) is Source.FILES else config.rollout.group_size
+
+
+def paint_group(painter: Any, task: PromptTask) -> Any:
+    """One group through the painter, whichever its source."""
+    if task.source is Source.FILES:
+        return painter.encode_pair(task)
+    return painter.finish(painter.denoise(task))
+
+
+def start_in_process(config: RunConfig, score_gradient: Any = None) -> InProcessRun:
+    """Build painter, learner and jury in this process (one rank) and load version 0."""
+    import torch
+
+    from actors.painter import Painter
+    from learner.rank import RankLearner
+
+    torch.set_num_threads(config.learner.threads)
+    run = InProcessRun(
+        config, Painter(config), RankLearner(config, 0, 1, score_gradient=score_gradient), make_source(config),
+        LocalJury(config), make_credit(config),
+    )  # fmt: skip
+    run.publish()
+    return run
+
+
+def train_in_process(
+    config: RunConfig, on_step: Callable[[InProcessRun, StepReport, dict[str, dict[str, float]]], None] | None = None
+) -> InProcessRun:
+    """A whole run in this process, until config.stop."""
+    run = start_in_process(config)
+    start = time.monotonic()
+    while not _ended(config, run.steps, time.monotonic() - start):
+        report, rewards = run.step()
+        if on_step is not None:
+            on_step(run, report, rewards)
+    return run
+
+
+def _ended(config: RunConfig, steps: int, seconds: float) -> bool:
+    stop = config.stop
+    return (stop.steps is not None and steps >= stop.steps) or (stop.seconds is not None and seconds >= stop.seconds)

@@ -1,0 +1,132 @@
+"""The learner's ranks as one: created in a placement group, called together, rebuilt together.
+
+Invariant: all ranks execute the same calls in the same order, or none goes on: a rank that dies or hangs makes the
+call raise RankLost, after which `rebuild` replaces every rank and loads the last state.
+Does not own: what a rank does (learner/rank.py), when to rebuild and what it means for the books (learner_loop.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.workers import RankWorker
+from contracts.config import RunConfig
+from contracts.config.scoring import ScorerConfig
+from contracts.errors import LearnerError, RankLost
+from contracts.wire import StepReport, WeightOffer
+from learner.types import StepJob
+
+
+class LearnerGroup:
+    """Every rank of the learner."""
+
+    def __init__(self, config: RunConfig, vaults: Mapping[str, Any], scorers: Sequence[ScorerConfig]) -> None:
+        self.config, self.vaults, self.scorers = config, vaults, scorers
+        self.ranks: list[Any] = []
+        self.processes: list[dict[str, Any]] = []
+        self.placement: Any = None
+
+    async def start(self, state: Path | None = None) -> None:
+        """Create all ranks, join them in a process group and load `state`. Raises RankLost or LearnerError."""
+        learner = self.config.learner
+        bundle = {"CPU": learner.cpus_per_rank, **({"GPU": learner.gpus_per_rank} if learner.gpus_per_rank else {})}
+        self.placement = placement_group([bundle] * learner.ranks, strategy="PACK")
+        await _value(self.placement.ready())
+        self.ranks = [self._create(rank) for rank in range(learner.ranks)]
+        address, port = await _value(self.ranks[0].rendezvous.remote())
+        self.processes = await self._call_all(
+            "build", address, port, None if state is None else str(state), timeout_s=max(600.0, learner.hang_timeout_s)
+        )
+
+    def _create(self, rank: int) -> Any:
+        learner = self.config.learner
+        strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=rank)
+        return RankWorker.options(
+            num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, scheduling_strategy=strategy
+        ).remote(self.config, rank, self.vaults, self.scorers)
+
+    async def rebuild(self, state: Path | None) -> None:
+        """Replace every rank by a new one that starts from `state`."""
+        self.stop()
+        await self.start(state)
+
+    def stop(self) -> None:
+        """End every rank process at once."""
+        for rank in self.ranks:
+            ray.kill(rank, no_restart=True)
+        self.ranks = []
+        if self.placement is not None:
+            remove_placement_group(self.placement)
+            self.placement = None
+
+    async def update(self, job: StepJob) -> StepReport:
+        """One learner step on every rank; rank 0's report (metrics are reduced over ranks)."""
+        reports = await self._call_all("update", ray.put(job))
+        return reports[0]
+
+    async def values(self, job: StepJob) -> dict[int, np.ndarray]:
+        """Critic values [G,K] by group, merged over ranks."""
+        merged: dict[int, np.ndarray] = {}
+        for part in await self._call_all("values", ray.put(job)):
+            merged.update(part)
+        return merged
+
+    async def snapshot(self, version: int, step: int) -> tuple[WeightOffer, np.ndarray, Any]:
+        """(offer, canary output, reference of the arrays); the arrays stay in the object store."""
+        refs = [rank.snapshot.options(num_returns=2).remote(version, step) for rank in self.ranks]
+        metas = await self._gather([ref[0] for ref in refs], self.config.learner.hang_timeout_s)
+        offer, canary = metas[0]
+        return offer, canary, refs[0][1]
+
+    async def save_state(self, folder: Path) -> None:
+        """Write the canonical state; every rank takes part, rank 0 writes."""
+        await self._call_all("save_state", str(folder))
+
+    async def _call_all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
+        return await self._gather(refs, timeout_s or self.config.learner.hang_timeout_s)
+
+    async def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
+        """All results, or RankLost at the first death or at the deadline (a hung rank is not noticed otherwise)."""
+        tasks = [asyncio.ensure_future(_value(ref)) for ref in refs]
+        done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        errors = {tasks.index(task): task.exception() for task in done if task.exception() is not None}
+        if not errors and not pending:
+            return [task.result() for task in tasks]
+        for task in pending:
+            task.cancel()
+        if not errors:
+            hung = [index for index, task in enumerate(tasks) if task in pending]
+            raise RankLost(f"learner ranks {hung} did not answer within {timeout_s:.0f} s")
+        raise self._as_lost(errors)
+
+    def _as_lost(self, errors: Mapping[int, BaseException | None]) -> Exception:
+        """A dead rank makes its peers fail in their collectives, so any death explains the others' errors."""
+        dead = [index for index, error in errors.items() if isinstance(error, RayActorError)]
+        if dead:
+            return RankLost(f"learner ranks {dead} died")
+        index, error = next(iter(errors.items()))
+        cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error
+        if isinstance(cause, LearnerError):
+            return cause
+        if self.config.learner.ranks > 1 and _is_collective_error(cause or error):
+            return RankLost(f"learner rank {index} lost its peers: {cause or error}")
+        return cause if isinstance(cause, Exception) else LearnerError(f"learner rank {index} failed: {error}")
+
+
+def _is_collective_error(error: BaseException | None) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "process group"))
+
+
+async def _value(ref: Any) -> Any:
+    return await ref

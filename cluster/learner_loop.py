@@ -1,0 +1,161 @@
+"""Claims full batches, has them trained, publishes weights, saves states; rebuilds the ranks when one is lost.
+
+Invariant: a group is `trained` only after the update that used it has returned, and leaves the run (its bytes are
+deleted) only when a saved state covers that update; a roll-back makes the groups after the state ready again.
+Does not own: the update (learner/), the job (step.py), the books (ledger.py).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from cluster.context import RunContext, Scored
+from cluster.learner_group import LearnerGroup
+from cluster.rollout_loop import ActorFleet
+from cluster.step import draft_job, group_rewards, make_credit, make_job, objective_needs, reward_metrics
+from contracts.errors import RankLost
+from contracts.wire import DiscardReason, StepReport
+
+
+class LearnerLoop:
+    """The learner's side of a run."""
+
+    def __init__(self, context: RunContext, group: LearnerGroup, fleet: ActorFleet) -> None:
+        self.context, self.group, self.fleet = context, group, fleet
+        self.credit = make_credit(context.config)
+        self.needs = objective_needs(context.config)
+        self.rebuilds = 0
+        self.state: Path | None = None
+        self.state_step = 0
+        self.max_staleness = 0
+
+    async def publish(self) -> None:
+        """Publish the current (or sampling) weights as the next version and offer them to every actor."""
+        start = time.monotonic()
+        context = self.context
+        offer, canary, arrays = await self.group.snapshot(context.store.version + 1, context.step)
+        context.store.add(offer, arrays, canary)
+        context.ledger.published(context.step, offer.version)
+        context.bell.ring()
+        await self.fleet.offer_all()
+        seconds = time.monotonic() - start
+        context.telemetry.observe("salon_weight_publish_seconds", seconds)
+        context.telemetry.phase("learner", "publish", seconds)
+        context.telemetry.gauge("salon_weight_version", offer.version)
+
+    async def run(self) -> None:
+        """Until a limit is reached or the run is stopped."""
+        while not self.context.stopping and not self.context.reached_end():
+            try:
+                claimed = await self._claim()
+                if claimed:
+                    await self._train(claimed)
+            except RankLost as error:
+                await self._rebuild(error)
+        self.context.stop()
+
+    async def _claim(self) -> list[int]:
+        """Exactly groups_per_step groups, waiting for them; empty when the run stops first."""
+        context, start = self.context, time.monotonic()
+        claimed: list[int] = []
+
+        def try_claim() -> bool:
+            if context.stopping or context.reached_end():
+                return True
+            self._discard_late()
+            pipeline, rollout = context.config.pipeline, context.config.rollout
+            ids = context.ledger.claim(rollout.groups_per_step, pipeline.claim_order, context.config.learner.hang_timeout_s)
+            claimed.extend(ids or [])
+            return bool(ids)
+
+        await context.bell.wait_until(try_claim)
+        context.telemetry.phase("learner", "wait_for_groups", time.monotonic() - start)
+        return claimed
+
+    def _discard_late(self) -> None:
+        for group_id, size in self.context.ledger.discard_late(self.context.config.pipeline.late_s):
+            self.context.telemetry.count("salon_images_discarded_total", size, reason=DiscardReason.LATE.value)
+            self.context.forget([group_id])
+
+    async def _train(self, claimed: list[int]) -> None:
+        context, start = self.context, time.monotonic()
+        await self._read_back(claimed)
+        groups = {group_id: context.groups[group_id] for group_id in claimed}
+        headers = {group_id: scored.header for group_id, scored in groups.items()}
+        rewards = {gid: scored.rewards for gid, scored in groups.items() if scored.rewards is not None}
+        version, number = context.store.version, context.step + 1
+        values = None
+        if self.needs.critic:
+            values = await self.group.values(draft_job(number, version, headers, context.config))
+        job = make_job(number, version, headers, rewards, context.config, self.credit, values)
+        report = await self.group.update(job)
+        staleness = context.ledger.trained(claimed, number, version)
+        self.max_staleness = max(self.max_staleness, *staleness)
+        context.step = number
+        seconds = time.monotonic() - start
+        context.telemetry.observe("salon_update_seconds", seconds)
+        context.telemetry.phase("learner", "update", seconds)
+        await self.publish()
+        self._report(report, groups, staleness, seconds)
+        if number % context.config.learner.state_every_steps == 0:
+            await self.save()
+        context.bell.ring()
+
+    async def _read_back(self, claimed: list[int]) -> None:
+        """Headers, tables and rewards of groups that memory lost (after a roll-back)."""
+        context = self.context
+        for group_id in claimed:
+            if group_id in context.groups and context.groups[group_id].rewards is not None:
+                continue
+            row = context.ledger.row(group_id)
+            header = await context.vault(row.vault).header.remote(group_id)
+            tables = context.ledger.tables(group_id)
+            context.groups[group_id] = Scored(header, tables, group_rewards(header, tables, context.config))
+
+    def _report(
+        self, report: StepReport, groups: dict[int, Scored], staleness: list[int], seconds: float
+    ) -> None:
+        context = self.context
+        telemetry = context.telemetry
+        images = sum(scored.header.group_size for scored in groups.values())
+        telemetry.count("salon_images_trained_total", images)
+        for value in staleness:
+            telemetry.observe("salon_staleness_steps", value)
+        rewards = reward_metrics({group_id: scored.tables for group_id, scored in groups.items()})
+        telemetry.step(
+            step=context.step, images=images, seconds=seconds, staleness=staleness, rewards=rewards,
+            metrics=report.metrics, phases=report.seconds, books=context.ledger.books(),
+        )  # fmt: skip
+
+    async def save(self) -> None:
+        """Write a state that covers every step so far, then let go of the bytes it makes superfluous."""
+        context, start = self.context, time.monotonic()
+        folder = context.folder.checkpoints / f"step-{context.step:06d}"
+        await self.group.save_state(folder)
+        older, self.state, self.state_step = self.state, folder, context.step
+        covered = context.ledger.covered(context.step)
+        by_vault: dict[str, list[int]] = {}
+        for group_id in covered:
+            by_vault.setdefault(context.ledger.row(group_id).vault, []).append(group_id)
+        for vault, ids in by_vault.items():
+            await context.vault(vault).delete.remote(ids)
+        context.forget(covered)
+        context.folder.remove_checkpoint(older)
+        seconds = time.monotonic() - start
+        context.telemetry.observe("salon_checkpoint_seconds", seconds)
+        context.telemetry.phase("learner", "save_state", seconds)
+
+    async def _rebuild(self, error: RankLost) -> None:
+        """Replace every rank, go back to the last state, and put the groups trained since back to ready."""
+        context = self.context
+        self.rebuilds += 1
+        reason = "hang" if "did not answer" in str(error) else "death"
+        context.telemetry.count("salon_learner_rebuilds_total", reason=reason)
+        context.telemetry.event("learner_rebuild", reason=str(error), to_step=self.state_step, number=self.rebuilds)
+        if self.rebuilds > context.config.learner.max_rebuilds:
+            raise error
+        await self.group.rebuild(self.state)
+        context.ledger.rollback(self.state_step)
+        context.step = self.state_step
+        await self.publish()

@@ -1,0 +1,180 @@
+"""Keeps every rollout actor busy: admits prompts, hands out tasks, takes receipts, replaces what died.
+
+Invariant: a prompt is admitted only while the admission rule allows it, and every task handed out ends as a receipt in
+the ledger, an expired lease, or a discard. An actor that dies or outlives its lease is restarted and offered the newest
+weights before it gets another task.
+Does not own: the admission rule (admission.py), painting (actors/), scoring (scoring_loop.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.context import RunContext, Scored
+from contracts.errors import SalonError, StaleLease, WeightsNotProven
+from contracts.wire import PaintReceipt, PromptTask, Source
+from cluster.workers import ActorWorker
+
+
+class ActorFleet:
+    """The rollout actors: created, restarted, offered weights."""
+
+    def __init__(self, context: RunContext, create: Callable[[str], Any] | None = None) -> None:
+        self.context = context
+        self.create = create or self._create
+        self.names = [f"actor-{index}" for index in range(context.config.rollout.actors)]
+        self.handles: dict[str, Any] = {}
+        self.processes: dict[str, dict[str, Any]] = {}
+        self.restarts = 0
+
+    def _create(self, name: str) -> Any:
+        rollout = self.context.config.rollout
+        options = ActorWorker.options(num_cpus=rollout.cpus_per_actor, num_gpus=rollout.gpus_per_actor)
+        return options.remote(self.context.config, name, self.context.vaults)
+
+    async def start(self) -> None:
+        """Create every actor and wait until all have loaded their model."""
+        self.handles = {name: self.create(name) for name in self.names}
+        infos = await asyncio.gather(*(_value(handle.ready.remote()) for handle in self.handles.values()))
+        self.processes = dict(zip(self.names, infos, strict=True))
+
+    async def offer_all(self) -> None:
+        """Offer the newest weights to every actor. One that does not take them is left to its own loop."""
+        store = self.context.store
+        await store.wait_acknowledged({name: store.offer_to(handle) for name, handle in self.handles.items()})
+
+    async def revive(self, name: str, kill: bool) -> None:
+        """Bring an actor back after death or a lease that ran out, and offer it the newest weights."""
+        handle = self.handles[name]
+        self.restarts += 1
+        self.context.telemetry.count("salon_actor_restarts_total", actor=name)
+        self.context.telemetry.event("actor_restart", actor=name, killed=kill)
+        if kill:
+            ray.kill(handle, no_restart=False)
+        while not self.context.stopping:
+            try:
+                self.processes[name] = await asyncio.wait_for(_value(handle.ready.remote()), 60)
+                await asyncio.wait_for(_value(self.context.store.offer_to(handle)), self.context.store.timeout_s)
+                return
+            except (RayActorError, TimeoutError):
+                await asyncio.sleep(1.0)
+
+
+class RolloutLoop:
+    """One coroutine a task slot; `rollout.prefetch` slots an actor."""
+
+    def __init__(
+        self, context: RunContext, fleet: ActorFleet, on_generated: Callable[[int, str], Awaitable[None]]
+    ) -> None:
+        self.context, self.fleet, self.on_generated = context, fleet, on_generated
+        self.reviving: dict[str, asyncio.Task[None]] = {}
+        self.idle_seconds = 0.0
+
+    async def run(self) -> None:
+        """Until the run stops."""
+        slots = [
+            self._slot(name) for name in self.fleet.names for _ in range(self.context.config.rollout.prefetch)
+        ]
+        await asyncio.gather(*slots)
+
+    async def _slot(self, name: str) -> None:
+        while True:
+            task = await self._next_task(name)
+            if task is None:
+                return
+            await self._paint(name, task)
+
+    async def _next_task(self, name: str) -> PromptTask | None:
+        """A lease on the oldest group that waits to be painted, admitting new prompts as the rule allows."""
+        start = time.monotonic()
+        task: list[PromptTask] = []
+
+        def try_lease() -> bool:
+            if self.context.stopping:
+                return True
+            self._admit()
+            leased = self.context.ledger.lease_generating(name, self.context.config.rollout.lease_s)
+            if leased is not None:
+                task.append(leased)
+            return leased is not None
+
+        await self.context.bell.wait_until(try_lease)
+        waited = time.monotonic() - start
+        self.context.telemetry.phase("actor", "wait_for_prompt", waited)
+        return task[0] if task else None
+
+    def _admit(self) -> None:
+        admission = self.context.admission
+        while not self.context.reached_end() and admission.may_admit():
+            admission.admit(self.context.source)
+
+    async def _paint(self, name: str, task: PromptTask) -> None:
+        handle = self.fleet.handles[name]
+        try:
+            receipt = await asyncio.wait_for(_value(handle.paint.remote(task)), task.deadline_s)
+        except (RayActorError, TimeoutError) as error:
+            self.context.telemetry.event("paint_lost", actor=name, group=task.group_id, error=type(error).__name__)
+            self._give_back(task)
+            await self._revive(name, kill=isinstance(error, TimeoutError))
+            return
+        except (RayTaskError, SalonError) as error:
+            self._failed(name, task, error)
+            return
+        await self._accept(name, task, receipt)
+
+    async def _accept(self, name: str, task: PromptTask, receipt: PaintReceipt) -> None:
+        telemetry = self.context.telemetry
+        try:
+            header = await _value(self.context.vault(receipt.vault).header.remote(task.group_id))
+            self.context.ledger.generated(receipt)
+        except StaleLease:
+            telemetry.event("late_result", actor=name, group=task.group_id, attempt=task.attempt)
+            return
+        self.context.groups[task.group_id] = Scored(header)
+        telemetry.observe("salon_paint_seconds", receipt.paint_seconds, actor=name)
+        telemetry.count("salon_images_painted_total", task.group_size)
+        telemetry.phase("actor", "paint", receipt.paint_seconds)
+        telemetry.phase("actor", "store", receipt.store_seconds)
+        telemetry.phase("actor", "wait_for_weights", receipt.wait_weights_seconds)
+        if receipt.proof is not None:
+            telemetry.observe("salon_weight_load_seconds", receipt.proof.load_seconds, actor=name)
+            telemetry.event("weights_proven", actor=name, **receipt.proof.model_dump())
+        self.context.bell.ring()
+        await self.on_generated(task.group_id, receipt.vault)
+
+    def _failed(self, name: str, task: PromptTask, error: Exception) -> None:
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, WeightsNotProven):
+            self.context.telemetry.count("salon_weight_unproven_total", actor=name)
+            self.context.stop(cause)
+            return
+        self.context.telemetry.event("paint_failed", actor=name, group=task.group_id, error=str(cause))
+        state = self._give_back(task)
+        if task.source is not Source.FILES and state == "discarded":
+            self.context.stop(cause)
+
+    def _give_back(self, task: PromptTask) -> str:
+        """End the lease early; returns the state the group is in now."""
+        try:
+            return str(self.context.ledger.give_back(task.group_id, task.attempt))
+        except StaleLease:
+            return "stale"
+        finally:
+            self.context.bell.ring()
+
+    async def _revive(self, name: str, kill: bool) -> None:
+        """Revive once, however many slots of the actor lost their call."""
+        running = self.reviving.get(name)
+        if running is None or running.done():
+            running = self.reviving[name] = asyncio.create_task(self.fleet.revive(name, kill))
+        await running
+
+
+async def _value(ref: Any) -> Any:
+    return await ref

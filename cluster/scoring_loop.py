@@ -1,0 +1,92 @@
+"""Takes painted groups to the jury and books what it says: ready, or discarded with a reason.
+
+Invariant: every generated group ends its scoring lease as ready or discarded; a dispatcher that dies costs a repeated
+request, never a score.
+Does not own: the requests (scoring.py), rewards (learner/credit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.context import RunContext
+from cluster.step import discard_reason, group_rewards, unscored_tables
+from contracts.errors import StaleLease
+from contracts.scores import Outcome, ScoreTable
+from contracts.wire import DiscardReason, Source
+
+
+class ScoringLoop:
+    """One coroutine a group in scoring."""
+
+    def __init__(self, context: RunContext, dispatcher: Any) -> None:
+        self.context, self.dispatcher = context, dispatcher
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def submit(self, group_id: int, vault: str) -> None:
+        """Begin scoring a generated group; returns at once."""
+        task = asyncio.create_task(self._score(group_id, vault))
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.context.stop(task.exception())
+
+    async def _score(self, group_id: int, vault: str) -> None:
+        ledger, lease_s = self.context.ledger, self.context.config.reward.lease_s
+        while not self.context.stopping:
+            attempt = ledger.lease_scoring(group_id, lease_s)
+            if attempt is None:
+                return  # it was discarded meanwhile
+            try:
+                tables, seconds = await asyncio.wait_for(self._tables(group_id, vault), lease_s)
+            except (RayActorError, RayTaskError, TimeoutError) as error:
+                self.context.telemetry.event("scoring_lost", group=group_id, error=type(error).__name__)
+                if str(ledger.give_back(group_id, attempt)) == "discarded":
+                    return
+                await asyncio.sleep(0.5)
+                continue
+            self._book(group_id, attempt, tables, seconds)
+            return
+
+    async def _tables(self, group_id: int, vault: str) -> tuple[dict[str, ScoreTable], dict[str, float]]:
+        header = self.context.groups[group_id].header
+        if header.source is not Source.ACTORS:
+            return unscored_tables(header), {}
+        return await self.dispatcher.score_group.remote(vault, group_id)
+
+    def _book(self, group_id: int, attempt: int, tables: dict[str, ScoreTable], seconds: Mapping[str, float]) -> None:
+        scored = self.context.groups[group_id]
+        scored.tables, scored.rewards = tables, group_rewards(scored.header, tables, self.context.config)
+        self._export(tables, seconds)
+        try:
+            self.context.ledger.scored(group_id, attempt, tables)
+            reason = discard_reason(scored.header, scored.rewards, self.context.config)
+            if reason is not None:
+                self._discard(group_id, reason)
+        except StaleLease:
+            self.context.telemetry.event("late_score", group=group_id, attempt=attempt)
+        self.context.bell.ring()
+
+    def _discard(self, group_id: int, reason: DiscardReason) -> None:
+        group = self.context.groups[group_id].header
+        self.context.ledger.discard(group_id, reason)
+        self.context.telemetry.count("salon_images_discarded_total", group.group_size, reason=reason.value)
+        self.context.forget([group_id])
+
+    def _export(self, tables: Mapping[str, ScoreTable], seconds: Mapping[str, float]) -> None:
+        telemetry = self.context.telemetry
+        for name, took in seconds.items():
+            telemetry.observe("salon_score_seconds", took, scorer=name)
+        for name, table in tables.items():
+            for outcome in Outcome:
+                number = int(np.sum(table.outcomes == outcome))
+                if number:
+                    telemetry.count("salon_score_outcomes_total", number, scorer=name, outcome=outcome.name.lower())
