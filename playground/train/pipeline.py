@@ -143,6 +143,7 @@ _CONSTANT = 256.0
 
 
 def _pair_in(conv: nn.Conv2d) -> None:
+    assert conv.bias is not None
     conv.weight.zero_()
     conv.bias.zero_()
     for channel in range(3):
@@ -158,6 +159,7 @@ def _undo_norm(norm: nn.GroupNorm) -> None:
 
 
 def _pair_out(conv: nn.Conv2d) -> None:
+    assert conv.bias is not None
     conv.weight.zero_()
     conv.bias.zero_()
     for channel in range(3):

@@ -10,24 +10,28 @@ nor in pictures. Owns no choice of the final snapshot or its settings (see `choo
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import socket
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedTokenizerFast
 
 from playground.train.pipeline import (
     LATENT_SCALE,
@@ -74,17 +78,16 @@ class Trainee(nn.Module):
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
 
-    def forward(
-        self, x_BCHW: torch.Tensor, sigma_B: torch.Tensor, ids_BL: torch.Tensor
-    ) -> torch.Tensor:
-        first = self.text_encoder(ids_BL, output_hidden_states=True)
-        second = self.text_encoder_2(ids_BL, output_hidden_states=True)
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Of x [B, 3, H, W], sigma [B] and ids [B, TEXT_TOKENS]."""
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids, output_hidden_states=True)
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         # T5's tokens, which the pipeline puts after the encoders' own.
         embeds = torch.cat([embeds, torch.zeros_like(embeds)], dim=-2)
         return self.transformer(
-            hidden_states=x_BCHW,
-            timestep=sigma_B * 1000,
+            hidden_states=x,
+            timestep=sigma * 1000,
             encoder_hidden_states=embeds,
             pooled_projections=torch.cat([first.text_embeds, second.text_embeds], dim=-1),
             return_dict=False,
@@ -94,7 +97,9 @@ class Trainee(nn.Module):
 class Float32Attention(TorchFunctionMode):
     """Attention in fp32 under autocast: the CPU's bf16 kernel takes five times as long backwards."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value, *rest = args
@@ -123,16 +128,12 @@ def draw_spec(rng: np.random.Generator) -> Spec:
 class Batches:
     """Training batches by step; each rank gets its part of the same global batch."""
 
-    def __init__(self, run: Run, rank: int, num_ranks: int, tokenizer) -> None:
+    def __init__(self, run: Run, rank: int, num_ranks: int, tokenizer: PreTrainedTokenizerFast) -> None:
         if run.batch % num_ranks:
             raise ValueError(f"a batch of {run.batch} does not divide by {num_ranks} ranks")
         self._run = run
-        self._mine = slice(
-            rank * run.batch // num_ranks, (rank + 1) * run.batch // num_ranks
-        )
-        self._ids = lru_cache(maxsize=None)(
-            lambda text: tokenizer(text, padding="max_length", max_length=TEXT_TOKENS).input_ids
-        )
+        self._mine = slice(rank * run.batch // num_ranks, (rank + 1) * run.batch // num_ranks)
+        self._ids = cache(lambda text: tokenizer(text, padding="max_length", max_length=TEXT_TOKENS).input_ids)
 
     def at(self, step: int) -> tuple[torch.Tensor, ...]:
         """(noised [B, 3, 32, 32], velocity [B, 3, 32, 32], sigma [B], token ids [B, L])."""
@@ -187,9 +188,7 @@ class Trainer:
         self.trainee = Trainee(self.pipeline).to(self.device)
         start_from_zero(self.trainee)
         self.parameters = list(self.trainee.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=run.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=run.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.average = Average(self.parameters, run.ema)
         self.batches = Batches(run, rank, num_ranks, self.pipeline.tokenizer)
         self.step = 0
@@ -213,31 +212,32 @@ class Trainer:
         self.step += 1
         return loss.item()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint holds, by name; the tensors are the live ones."""
+        named = {"step": torch.tensor(self.step)}
+        for i, parameter in enumerate(self.parameters):
+            named[f"parameter.{i}"] = parameter.detach()
+            named[f"average.{i}"] = self.average.values[i]
+            for key, value in self.optimizer.state[parameter].items():
+                named[f"optimizer.{key}.{i}"] = value
+        return named
+
     def save(self) -> None:
-        state = {
-            "run": self.run,
-            "step": self.step,
-            "parameters": [parameter.detach() for parameter in self.parameters],
-            "average": self.average.values,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        partial = self.out / "checkpoint.pt.part"
-        torch.save(state, partial)
-        partial.replace(self.out / "checkpoint.pt")
+        partial = self.out / "checkpoint.safetensors.part"
+        save_file(self.state(), partial)
+        partial.replace(self.out / "checkpoint.safetensors")
 
     def load(self) -> None:
         """Every rank reads the same file, so ranks agree without a broadcast."""
-        # Our own file, and it holds a dataclass.
-        state = torch.load(
-            self.out / "checkpoint.pt", map_location=self.device, weights_only=False
-        )
-        self.step = state["step"]
+        saved = load_file(self.out / "checkpoint.safetensors", device=str(self.device))
+        self.step = int(saved["step"])
         with torch.no_grad():
-            for ours, saved in zip(self.parameters, state["parameters"], strict=True):
-                ours.copy_(saved)
-            for ours, saved in zip(self.average.values, state["average"], strict=True):
-                ours.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(saved[f"parameter.{i}"])
+                self.average.values[i].copy_(saved[f"average.{i}"])
+                self.optimizer.state[parameter] = {
+                    key: saved[f"optimizer.{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                }
 
     def evaluate_average(self, export: bool) -> dict[str, float]:
         """Strict accuracy on validation prompts of the averaged weights, perhaps saved as well."""
@@ -258,7 +258,7 @@ def train(rank: int, num_ranks: int, port: int, run: Run, out: Path, device: str
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks)
     trainer = Trainer(run, out, rank, num_ranks, device)
-    if resume and (out / "checkpoint.pt").exists():
+    if resume and (out / "checkpoint.safetensors").exists():
         trainer.load()
     started, first, losses = time.monotonic(), trainer.step, []
     while trainer.step < run.steps:
@@ -270,8 +270,7 @@ def train(rank: int, num_ranks: int, port: int, run: Run, out: Path, device: str
             pace = (time.monotonic() - started) / (step - first)
             left = pace * (run.steps - step) / 60
             print(
-                f"step {step}/{run.steps} loss {np.mean(losses[-100:]):.4f} "
-                f"{pace:.3f} s/step, {left:.0f} min left",
+                f"step {step}/{run.steps} loss {np.mean(losses[-100:]):.4f} {pace:.3f} s/step, {left:.0f} min left",
                 flush=True,
             )
         if step % run.save_every == 0 or step == run.steps:
@@ -296,6 +295,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(steps=args.steps, seed=args.seed, precision=args.precision)
+    (args.out / "run.json").write_text(json.dumps({**asdict(run), "ranks": args.ranks}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

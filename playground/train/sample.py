@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -45,9 +46,7 @@ def encode(pipeline: StableDiffusion3Pipeline, texts: Sequence[str]) -> tuple[to
 
 
 @torch.no_grad()
-def paint(
-    pipeline: StableDiffusion3Pipeline, texts: Sequence[str], settings: Settings, seed: int
-) -> np.ndarray:
+def paint(pipeline: StableDiffusion3Pipeline, texts: Sequence[str], settings: Settings, seed: int) -> np.ndarray:
     """One picture a text: uint8 [B, 32, 32, 3]. The noise depends on the seed alone."""
     transformer = pipeline.transformer
     generator = torch.Generator().manual_seed(seed)
@@ -55,7 +54,7 @@ def paint(
     guided = settings.guidance_scale != 1.0
     embeds, pooled = encode(pipeline, [*texts, *[""] * len(texts)] if guided else texts)
     levels = sigmas(settings.steps, settings.shift).to(transformer.device)
-    for now, after in zip(levels[:-1], levels[1:], strict=True):
+    for now, after in pairwise(levels):
         batch = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
         velocity = transformer(
             hidden_states=batch,
@@ -71,9 +70,9 @@ def paint(
     return to_uint8(x_BCHW * LATENT_SCALE + LATENT_SHIFT)
 
 
-def to_uint8(pictures_BCHW: torch.Tensor) -> np.ndarray:
-    """From [-1, 1] floats to uint8 [B, H, W, 3]."""
-    levels = ((pictures_BCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(pictures: torch.Tensor) -> np.ndarray:
+    """From floats in [-1, 1], [B, 3, H, W], to uint8 [B, H, W, 3]."""
+    levels = ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 

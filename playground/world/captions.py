@@ -27,10 +27,11 @@ _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "
 _SINGULARS = {plural: shape for shape, plural in _PLURALS.items()}
 
 WORDS = (
-    ("a", "and", "left", "right", "of", "above", "below", *COUNTS.values())
-    + SHAPES
-    + tuple(_PLURALS.values())
-    + COLOURS
+    *("a", "and", "left", "right", "of", "above", "below"),
+    *COUNTS.values(),
+    *SHAPES,
+    *_PLURALS.values(),
+    *COLOURS,
 )
 """Every word a caption can hold: the tokenizer's vocabulary."""
 
@@ -116,7 +117,7 @@ def parse_caption(text: str) -> Spec:
     if words and words[0] in COUNTS.values():
         count = next(number for number, word in COUNTS.items() if word == words[0])
         *colour, plural = words[1:] or [""]
-        return _spec((Thing(_SINGULARS.get(plural, plural), " ".join(colour)),), "", count)
+        return _spec((Thing(_SINGULARS.get(plural, ""), " ".join(colour)),), "", count)
     return _spec((_parse_single(text),), "")
 
 

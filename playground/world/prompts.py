@@ -8,7 +8,7 @@ and a combination held out is held out in every kind. Single things are all in t
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -34,7 +34,7 @@ def combination(things: tuple[Thing, ...]) -> str:
     return " + ".join(sorted(thing.text for thing in things))
 
 
-@lru_cache(maxsize=None)
+@cache
 def split_of(things: tuple[Thing, ...]) -> str:
     """The split of these things; `spec.things` for a caption's."""
     if len(things) == 1:
@@ -69,9 +69,7 @@ def specs_by_kind(split: str) -> dict[str, tuple[Spec, ...]]:
     if split not in SPLITS:
         raise ValueError(f"no such split: {split!r}; there are {SPLITS}")
     grouped = {
-        kind: tuple(
-            spec for spec in all_specs() if spec.kind == kind and split_of(spec.things) == split
-        )
+        kind: tuple(spec for spec in all_specs() if spec.kind == kind and split_of(spec.things) == split)
         for kind in KINDS
     }
     return {kind: specs for kind, specs in grouped.items() if specs}

@@ -13,7 +13,7 @@ from itertools import permutations
 
 import numpy as np
 
-from playground.world.captions import COLOURS, SHAPES, Spec, Thing
+from playground.world.captions import COLOURS, Spec, Thing
 
 SIZE = 32
 """Width and height of a picture, in pixels."""
@@ -79,19 +79,27 @@ def sample_scene(
     )
 
 
-def random_things(rng: np.random.Generator, num: int) -> tuple[Thing, ...]:
-    """Coloured shapes drawn at random, repeats included."""
-    return tuple(
-        Thing(SHAPES[rng.integers(len(SHAPES))], COLOURS[rng.integers(len(COLOURS))])
-        for _ in range(num)
+def fits(scene: Scene, spec: Spec) -> bool:
+    """Whether the scene is what the caption asks for: the truth that verdicts are held against."""
+    if len(scene.objects) != len(spec.things):
+        return False
+    return any(
+        all(_is_a(placed, thing) for placed, thing in zip(order, spec.things, strict=True))
+        and (not spec.relation or _related(_centre(order[0]), _centre(order[1]), spec.relation))
+        for order in permutations(scene.objects)
     )
+
+
+def _is_a(placed: Placed, thing: Thing) -> bool:
+    return placed.shape == thing.shape and thing.colour in ("", placed.colour)
+
+
+def _centre(placed: Placed) -> tuple[float, float]:
+    return placed.x, placed.y
 
 
 def _coloured(spec: Spec, rng: np.random.Generator) -> tuple[Thing, ...]:
-    return tuple(
-        Thing(thing.shape, thing.colour or COLOURS[rng.integers(len(COLOURS))])
-        for thing in spec.things
-    )
+    return tuple(Thing(thing.shape, thing.colour or COLOURS[rng.integers(len(COLOURS))]) for thing in spec.things)
 
 
 @lru_cache
@@ -106,14 +114,10 @@ def _placements(num: int, relation: str) -> list[tuple[tuple[int, int], ...]]:
 
 
 def _apart(cells: tuple[tuple[int, int], ...]) -> bool:
-    return all(
-        max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= _MIN_GAP
-        for i, a in enumerate(cells)
-        for b in cells[:i]
-    )
+    return all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= _MIN_GAP for i, a in enumerate(cells) for b in cells[:i])
 
 
-def _related(first: tuple[int, int], second: tuple[int, int], relation: str) -> bool:
+def _related(first: tuple[float, float], second: tuple[float, float], relation: str) -> bool:
     """Clearly so: the offset along the relation's axis exceeds the other by a grid cell."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]

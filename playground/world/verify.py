@@ -214,9 +214,7 @@ def _holds(first: Found, second: Found, relation: str) -> bool:
     return along >= MIN_OFFSET and along > abs(across)
 
 
-def _reasons(
-    match: tuple[Found | None, ...], found: tuple[Found, ...], spec: Spec
-) -> tuple[str, ...]:
+def _reasons(match: tuple[Found | None, ...], found: tuple[Found, ...], spec: Spec) -> tuple[str, ...]:
     reasons = []
     if len(found) != len(spec.things):
         reasons.append(f"{len(found)} objects, not {len(spec.things)}")
