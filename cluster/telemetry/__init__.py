@@ -1,0 +1,9 @@
+"""What a run tells the outside: metrics, events, TensorBoard, progress, and stacks when nothing moves.
+
+telemetry.py the controller's exporter, built from contracts/metrics.py; sinks.py TensorBoard and other trackers;
+rates.py throughput with every GPU counted; progress.py the driver's display; watchdog.py stack dumps.
+"""
+
+from cluster.telemetry.telemetry import Telemetry
+
+__all__ = ["Telemetry"]
