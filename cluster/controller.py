@@ -1,0 +1,350 @@
+"""The controller: one run from placement to summary. One asyncio Ray actor; it holds no image and no tensor.
+
+    driver --> Controller.run()
+                 set up     vaults, reward servers, dispatcher, actors, ranks (all at once), version 0
+                 evaluate   the base at its own best setting                      (before)
+                 loops      RolloutLoop -> ScoringLoop -> LearnerLoop             until stop
+                 evaluate   the trained policy at the rollout's setting           (after)
+                 summary    from the ledger; everything that was started is ended
+
+Two waits tell what to scale: the learner's wait_for_groups (rollout or jury is short) and the actors' wait_for_prompt
+(the learner is).
+Does not own: the loops (their files), the display (driver.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+
+from cluster.admission import Admission
+from cluster.context import RunContext
+from cluster.evaluate import (
+    EvalPlan,
+    EvalResult,
+    base_sampling,
+    image_grid,
+    judging,
+    make_source,
+    plan_evaluation,
+    rollout_sampling,
+    summarise,
+)
+from cluster.learner_group import LearnerGroup
+from cluster.learner_loop import LearnerLoop
+from cluster.ledger import Ledger
+from cluster.rollout_loop import ActorFleet, RolloutLoop
+from cluster.run_folder import RunFolder
+from cluster.scoring import Dispatcher
+from cluster.scoring_loop import ScoringLoop
+from cluster.step import group_source
+from cluster.summary import evaluation, summarise_run
+from cluster.telemetry import Telemetry
+from cluster.vault import Vault
+from cluster.weights import WeightStore
+from cluster.workers import ServerHost
+from contracts.config import RunConfig
+from contracts.config.rollout import EvalSampling
+from contracts.config.scoring import ScorerConfig
+from contracts.errors import RankLost, SalonError
+from contracts.wire import DiscardReason
+
+log = logging.getLogger("salon.controller")
+
+
+class Controller:
+    """Owns the run. `run()` is called once; `status()` and `stop()` at any time beside it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.phase = "starting"
+        self.context: RunContext | None = None
+        self.hosts: list[Any] = []
+        self.before: EvalResult | None = None
+        self.after: EvalResult | None = None
+        self.latest_eval: float | None = None
+        self.phase_share = 0.0
+        self.stop_requested = False
+        self.began = time.monotonic()
+
+    async def run(self) -> dict[str, Any]:
+        """The whole run; returns the summary. Whatever happens, what was started is ended."""
+        try:
+            await self._set_up()
+            await self._evaluate_before()
+            await self._loops()
+            await self._evaluate_after()
+            return self._finish()
+        finally:
+            await self._tear_down()
+
+    def stop(self) -> None:
+        """End the run at the next boundary; the summary is still written."""
+        self.stop_requested = True
+        if self.context is not None:
+            self.context.stop()
+
+    # ---- set up ------------------------------------------------------------------------------------------------
+
+    async def _set_up(self) -> None:
+        config = self.config
+        folder = RunFolder.create(config)
+        os.environ["SALON_STACKS"] = str(folder.stacks)
+        ledger = Ledger(folder.ledger)
+        telemetry = Telemetry(config, folder)
+        vaults = self._create_vaults(folder)
+        source = make_source(config)
+        admission = Admission(ledger, config, group_source(config))
+        self.context = RunContext(
+            config, folder, ledger, admission, WeightStore(config.weights.timeout_s), telemetry, source, vaults
+        )
+        scorers = await self._start_servers()
+        self.fleet = ActorFleet(self.context)
+        self.ranks = LearnerGroup(config, vaults, scorers)
+        self.dispatcher = Dispatcher.remote(scorers, config.reward, vaults)
+        await asyncio.gather(self.fleet.start(), self.ranks.start(), _value(self.dispatcher.ready.remote()))
+        self.scoring = ScoringLoop(self.context, self.dispatcher)
+        self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
+        self.learner = LearnerLoop(self.context, self.ranks, self.fleet)
+        await self.learner.publish()
+        telemetry.watch([*self.fleet.processes.values(), *self.ranks.processes, *self.server_processes])
+        telemetry.event("started", seconds=time.monotonic() - self.began)
+
+    def _create_vaults(self, folder: RunFolder) -> dict[str, Any]:
+        vault = self.config.vault
+        return {
+            f"vault-{index}": Vault.options(name=f"{self.config.name}-vault-{index}-{os.getpid()}").remote(
+                str(folder.vault(index)), vault.memory_mb * 2**20
+            )
+            for index in range(vault.count)
+        }
+
+    async def _start_servers(self) -> list[ScorerConfig]:
+        """Start every scorer the run serves itself; returns the scorers with their addresses filled in."""
+        self.server_processes: list[dict[str, Any]] = []
+        resolved = []
+        for scorer in self.config.scorers:
+            if scorer.serve is None:
+                resolved.append(scorer)
+                continue
+            host = ServerHost.options(num_cpus=0).remote(scorer)
+            self.hosts.append(host)
+            url = await _value(host.start.remote())
+            self.server_processes.append(await _value(host.info.remote()))
+            resolved.append(scorer.model_copy(update={"urls": (url,), "serve": None}))
+        return resolved
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    async def _loops(self) -> None:
+        context = self.context
+        assert context is not None
+        if self.stop_requested:
+            return
+        self.phase, context.train_started = "training", time.monotonic()
+        watcher = asyncio.create_task(self._every_second())
+        evaluator = asyncio.create_task(self._evaluate_during())
+        try:
+            await self._together(self.rollout.run(), self.learner.run())
+        finally:
+            self.train_seconds = context.train_seconds()
+            for task in (watcher, evaluator):
+                task.cancel()
+            await asyncio.gather(watcher, evaluator, return_exceptions=True)
+        if context.failure is not None:
+            raise context.failure
+        await self._save_last()
+        context.ledger.discard_alive(DiscardReason.RUN_END)
+
+    async def _together(self, *loops: Any) -> None:
+        """Run the loops until all end; the first failure stops the others and is raised."""
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failure = next((task.exception() for task in done if task.exception() is not None), None)
+        assert self.context is not None
+        self.context.stop(failure)
+        _, stuck = await asyncio.wait(tasks, timeout=self.config.rollout.lease_s)
+        for task in stuck:
+            task.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _save_last(self) -> None:
+        with contextlib.suppress(RankLost):
+            await self.learner.save()
+
+    async def _every_second(self) -> None:
+        """Leases that ran out, gauges, and the mirror of the run folder."""
+        context = self.context
+        assert context is not None
+        while True:
+            await asyncio.sleep(1.0)
+            for group_id, state in context.ledger.expire_leases():
+                context.telemetry.count("salon_lease_expired_total", state=str(state))
+                context.telemetry.event("lease_expired", group=group_id, state=str(state))
+                context.bell.ring()
+            context.telemetry.books(context.ledger.books(), context.admission.capacity)
+            context.telemetry.tick()
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    async def _evaluate_before(self) -> None:
+        if self.config.eval.before and not self.stop_requested:
+            self.phase = "evaluating before"
+            self.before = await self._evaluate(base_sampling(self.config), self.config.eval.num_prompts, "before")
+
+    async def _evaluate_after(self) -> None:
+        if self.stop_requested:
+            return
+        self.phase = "evaluating after"
+        self.after = await self._evaluate(rollout_sampling(self.config), self.config.eval.num_prompts, "after")
+
+    async def _evaluate_during(self) -> None:
+        """On a schedule, beside training. Its time is not training time only where it blocks an actor: it is counted."""
+        every = self.config.eval.every_steps
+        context = self.context
+        assert context is not None
+        done = 0
+        while every is not None:
+            await context.bell.wait_until(lambda: context.stopping or context.step // every > done)
+            if context.stopping:
+                return
+            done = context.step // every
+            try:
+                await self._evaluate(rollout_sampling(self.config), self.config.eval.during_prompts, f"step {context.step}")
+            except (SalonError, ray.exceptions.RayError) as error:
+                context.telemetry.event("evaluation_failed", step=context.step, error=str(error))
+
+    async def _evaluate(self, sampling: EvalSampling, num_prompts: int, tag: str) -> EvalResult:
+        context = self.context
+        assert context is not None
+        plan = plan_evaluation(self.config, context.source, sampling, num_prompts)
+        chunks = plan.chunks()
+        free: asyncio.Queue[Any] = asyncio.Queue()
+        for handle in self.fleet.handles.values():
+            free.put_nowait(handle)
+        finished: list[int] = []
+        self.phase_share = 0.0
+
+        async def one(chunk: EvalPlan) -> tuple[Any, Any]:
+            handle = await free.get()
+            try:
+                images = handle.paint_images.remote(chunk.prompts, chunk.sampling, chunk.seeds)
+                await _ready(images)
+            finally:
+                free.put_nowait(handle)
+            tables = await self.dispatcher.score_images.remote(images, chunk.prompts, [s.name for s in self.config.scorers])
+            finished.append(len(chunk.prompts))
+            self.phase_share = sum(finished) / len(plan.prompts)
+            return images, tables
+
+        results = await asyncio.gather(*(one(chunk) for chunk in chunks))
+        result = summarise(self.config, plan, [tables for _, tables in results])
+        self.latest_eval = result.accuracy
+        await self._keep_samples(results, plan, tag)
+        context.telemetry.gauge("salon_eval_score", result.accuracy, split=self.config.eval.split)
+        context.telemetry.event("evaluation", tag=tag, step=context.step, result=evaluation(result))
+        return result
+
+    async def _keep_samples(self, results: list[Any], plan: EvalPlan, tag: str) -> None:
+        context, wanted = self.context, self.config.eval.samples_to_save
+        assert context is not None
+        if not wanted:
+            return
+        images = (await _value(results[0][0]))[:wanted]
+        grid = image_grid(images)
+        path = context.folder.save_image(f"{tag.replace(' ', '-')}.png", grid)
+        captions = [prompt.text for prompt in plan.prompts[: len(images)]]
+        context.folder.write_text(f"samples/{tag.replace(' ', '-')}.json", json.dumps(captions, indent=1))
+        context.telemetry.image(f"samples/{self.config.eval.split}", grid, context.step)
+        log.info("samples %s: %s", tag, path)
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        context = self.context
+        assert context is not None
+        self.phase = "finished"
+        books = context.ledger.books()
+        summary = summarise_run(
+            name=self.config.name, objective=self.config.objective.name, seed=self.config.seed, books=books,
+            steps=context.step, groups_trained=books.groups_trained,
+            train_seconds=getattr(self, "train_seconds", 0.0), total_seconds=time.monotonic() - self.began,
+            claim_order=self.config.pipeline.claim_order, before=self.before, after=self.after,
+            rebuilds=self.learner.rebuilds, actor_restarts=self.fleet.restarts, version=context.store.version,
+            outcome="stopped" if self.stop_requested else "finished",
+        )  # fmt: skip
+        context.folder.write_json("summary.json", summary)
+        context.telemetry.event("finished", summary=summary)
+        return summary
+
+    async def _tear_down(self) -> None:
+        for host in self.hosts:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(_value(host.stop.remote()), 20)
+        if self.context is None:
+            return
+        with contextlib.suppress(Exception):
+            self.ranks.stop()
+        for handle in self.fleet.handles.values() if hasattr(self, "fleet") else ():
+            ray.kill(handle)
+        self.context.telemetry.close()
+        self.context.ledger.close()
+        self.context.folder.sync()
+
+    def status(self) -> dict[str, Any]:
+        """What the display shows."""
+        context = self.context
+        if context is None:
+            return {"phase": self.phase, "seconds": time.monotonic() - self.began}
+        scorer, column = judging(self.config)
+        return {
+            "phase": self.phase,
+            "phase_share": self.phase_share,
+            "step": context.step,
+            "share": context.share_done(),
+            "train_seconds": context.train_seconds(),
+            "seconds": time.monotonic() - self.began,
+            "before": None if self.before is None else self.before.accuracy,
+            "held_out": self.latest_eval,
+            "judge": f"{scorer}/{column or 'strict'}",
+            "version": context.store.version,
+            "run_folder": str(context.folder.root),
+            **context.telemetry.latest(),
+        }
+
+
+@ray.remote(num_cpus=0, max_concurrency=64)
+class ControllerActor(Controller):
+    """The controller as a Ray actor; its methods run on one asyncio loop."""
+
+    async def run(self) -> dict[str, Any]:
+        from cluster.processes import prepare_process
+
+        prepare_process("controller")
+        return await super().run()
+
+    async def stop(self) -> None:  # type: ignore[override]
+        super().stop()
+
+    async def status(self) -> dict[str, Any]:  # type: ignore[override]
+        return super().status()
+
+
+async def _value(ref: Any) -> Any:
+    return await ref
+
+
+async def _ready(ref: Any) -> None:
+    """Wait until the value exists (or failed) without bringing it into this process."""
+    while True:
+        done, _ = await asyncio.to_thread(ray.wait, [ref], timeout=0.5, fetch_local=False)
+        if done:
+            return
