@@ -31,7 +31,6 @@ from cluster.evaluate import (
     EvalResult,
     base_sampling,
     image_grid,
-    judging,
     make_source,
     plan_evaluation,
     rollout_sampling,
@@ -46,7 +45,9 @@ from cluster.scoring import Dispatcher
 from cluster.scoring_loop import ScoringLoop
 from cluster.step import group_source
 from cluster.summary import evaluation, summarise_run
-from cluster.telemetry import Telemetry
+from cluster.telemetry import Telemetry, watchdog
+from cluster.telemetry.progress import seconds_left
+from cluster.telemetry.watchdog import Watchdog
 from cluster.vault import Vault
 from cluster.weights import WeightStore
 from cluster.workers import ServerHost
@@ -73,6 +74,8 @@ class Controller:
         self.phase_share = 0.0
         self.stop_requested = False
         self.began = time.monotonic()
+        self.last_step = 0
+        self.watchdog: Any = None
 
     async def run(self) -> dict[str, Any]:
         """The whole run; returns the summary. Whatever happens, what was started is ended."""
@@ -96,9 +99,8 @@ class Controller:
     async def _set_up(self) -> None:
         config = self.config
         folder = RunFolder.create(config)
-        os.environ["SALON_STACKS"] = str(folder.stacks)
         ledger = Ledger(folder.ledger)
-        telemetry = Telemetry(config, folder)
+        telemetry = Telemetry(config, folder.root, source=group_source(config))
         vaults = self._create_vaults(folder)
         source = make_source(config)
         admission = Admission(ledger, config, group_source(config))
@@ -114,8 +116,20 @@ class Controller:
         self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
         self.learner = LearnerLoop(self.context, self.ranks, self.fleet)
         await self.learner.publish()
-        telemetry.watch([*self.fleet.processes.values(), *self.ranks.processes, *self.server_processes])
-        telemetry.event("started", seconds=time.monotonic() - self.began)
+        processes = [*self.fleet.processes.values(), *self.ranks.processes, *self.server_processes]
+        telemetry.event("started", seconds=time.monotonic() - self.began, processes=processes)
+        self.watchdog = self._start_watchdog(folder)
+
+    def _start_watchdog(self, folder: RunFolder) -> Watchdog:
+        """Dump every process's stack when no step ends in time; only training counts, so it is fed until then."""
+        limit = self.config.telemetry.watchdog_s
+        event = self.context.telemetry.event if self.context is not None else (lambda *_args, **_fields: None)
+        dog = Watchdog(
+            limit, folder.root / "stacks", lambda: watchdog.dump_cluster(str(folder.stacks)),
+            lambda path, count: event("stalled", seconds=limit, stacks=str(path), processes=count),
+        )  # fmt: skip
+        dog.start()
+        return dog
 
     def _create_vaults(self, folder: RunFolder) -> dict[str, Any]:
         vault = self.config.vault
@@ -149,6 +163,7 @@ class Controller:
         if self.stop_requested:
             return
         self.phase, context.train_started = "training", time.monotonic()
+        context.telemetry.training_begins()
         watcher = asyncio.create_task(self._every_second())
         evaluator = asyncio.create_task(self._evaluate_during())
         try:
@@ -190,8 +205,20 @@ class Controller:
                 context.telemetry.count("salon_lease_expired_total", state=str(state))
                 context.telemetry.event("lease_expired", group=group_id, state=str(state))
                 context.bell.ring()
-            context.telemetry.books(context.ledger.books(), context.admission.capacity)
-            context.telemetry.tick()
+            self._export_books(context)
+            self._feed_watchdog(context)
+
+    def _export_books(self, context: RunContext) -> None:
+        books = context.ledger.books()
+        for state, number in books.groups.items():
+            context.telemetry.gauge("salon_groups", number, state=str(state))
+        context.telemetry.gauge("salon_queue_capacity_groups", context.admission.capacity)
+        context.telemetry.refresh_rates()
+
+    def _feed_watchdog(self, context: RunContext) -> None:
+        if context.step != self.last_step:
+            self.last_step = context.step
+            self.watchdog.beat()
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
@@ -295,6 +322,8 @@ class Controller:
             self.ranks.stop()
         for handle in self.fleet.handles.values() if hasattr(self, "fleet") else ():
             ray.kill(handle)
+        if self.watchdog is not None:
+            self.watchdog.stop()
         self.context.telemetry.close()
         self.context.ledger.close()
         self.context.folder.sync()
@@ -304,20 +333,17 @@ class Controller:
         context = self.context
         if context is None:
             return {"phase": self.phase, "seconds": time.monotonic() - self.began}
-        scorer, column = judging(self.config)
+        training = self.phase == "training"
+        share = context.share_done() if training else self.phase_share
         return {
+            **context.telemetry.status(),
             "phase": self.phase,
-            "phase_share": self.phase_share,
             "step": context.step,
-            "share": context.share_done(),
-            "train_seconds": context.train_seconds(),
-            "seconds": time.monotonic() - self.began,
-            "before": None if self.before is None else self.before.accuracy,
+            "total_steps": self.config.stop.steps,
             "held_out": self.latest_eval,
-            "judge": f"{scorer}/{column or 'strict'}",
-            "version": context.store.version,
-            "run_folder": str(context.folder.root),
-            **context.telemetry.latest(),
+            "seconds": context.train_seconds(),
+            "seconds_left": seconds_left(share, context.train_seconds()) if training else None,
+            "share_done": share,
         }
 
 

@@ -6,6 +6,7 @@ Does not own: the run (controller.py), the display's look (telemetry/progress.py
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import signal
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cluster.telemetry.progress import ProgressDisplay
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors, ExitCode, SalonError
 
@@ -46,27 +48,34 @@ def start_ray(config: RunConfig) -> bool:
         return False
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
-        "log_to_driver": bool(os.environ.get("SALON_DEBUG")), "logging_level": "WARNING", "include_dashboard": False,
+        "log_to_driver": bool(os.environ.get("SALON_DEBUG")), "logging_level": "WARNING",
     }  # fmt: skip
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    environment = {"runtime_env": {"env_vars": worker_environment(config)}}
     if address:
-        options.pop("include_dashboard")
-        ray.init(address=address, **options, **({} if in_job else environment))
-        return not in_job
+        ray.init(address=address, **options)
+        return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
     _ensure_token()
     ray.init(
-        num_cpus=config.cluster.num_cpus or local_cpus(config), num_gpus=None,
-        object_store_memory=config.cluster.object_store_mb * 2**20, **options, **environment,
+        num_cpus=config.cluster.num_cpus or local_cpus(config), include_dashboard=False,
+        object_store_memory=config.cluster.object_store_mb * 2**20, **options,
     )  # fmt: skip
     return True
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
-    """Environment of every process of the run: the repository root importable, torch's threads as configured."""
+    """Environment of every process of the run; children of the controller inherit it.
+
+    In a submitted job Ray itself puts the uploaded working directory on the import path, on every node its own.
+    """
     threads = str(max(config.rollout.threads, config.learner.threads))
     kept = {name: os.environ[name] for name in {s.token_env for s in config.scorers} if name in os.environ}
-    return {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **kept}
+    path = {} if in_job() else {"PYTHONPATH": os.getcwd()}
+    stacks = {"SALON_STACKS": f"{config.runs_dir}/{config.name}/stacks"} if "://" not in config.runs_dir else {}
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **path, **stacks, **kept}
+
+
+def in_job() -> bool:
+    """Whether this driver was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def local_cpus(config: RunConfig) -> int:
@@ -90,20 +99,22 @@ def _follow(config: RunConfig, show: bool) -> ExitCode:
     import ray
 
     from cluster.controller import ControllerActor
-    from cluster.telemetry.progress import Progress
 
-    controller = ControllerActor.remote(config)
+    controller = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)}).remote(config)
     result = controller.run.remote()
     interrupts = _Interrupts(controller)
-    with interrupts, Progress(config, enabled=show) as progress:
+    with interrupts, _display(config, show) as display:
         while not ray.wait([result], timeout=0.5)[0]:
             interrupts.act()
-            progress.update(_status(controller))
-        progress.update(_status(controller))
+            display.update(_status(controller))
     summary = _result(result)
     if show:
         print_summary(config, summary)
     return ExitCode.FINISHED if summary["outcome"] == "finished" else ExitCode.STOPPED_RESUMABLE
+
+
+def _display(config: RunConfig, show: bool) -> ProgressDisplay:
+    return ProgressDisplay(f"run {config.name}", stream=None if show else io.StringIO())
 
 
 def _status(controller: Any) -> dict[str, Any]:

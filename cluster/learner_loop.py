@@ -31,10 +31,10 @@ class LearnerLoop:
         self.max_staleness = 0
 
     async def publish(self) -> None:
-        """Publish the current (or sampling) weights as the next version and offer them to every actor."""
+        """Publish the current (or sampling) weights and offer them to every actor. Version v is the weights of step v."""
         start = time.monotonic()
         context = self.context
-        offer, canary, arrays = await self.group.snapshot(context.store.version + 1, context.step)
+        offer, canary, arrays = await self.group.snapshot(context.step, context.step)
         context.store.add(offer, arrays, canary)
         context.ledger.published(context.step, offer.version)
         context.bell.ring()

@@ -30,6 +30,7 @@ class PublishedVersion:
     canary_current: np.ndarray
     canary_previous: np.ndarray | None
     published_at: float
+    generation: int = 0  # rises when a roll-back makes an older version the newest again
 
 
 class WeightStore:
@@ -38,7 +39,7 @@ class WeightStore:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.latest: PublishedVersion | None = None
-        self._canaries: dict[int, np.ndarray] = {}
+        self.generation = 0
 
     @property
     def version(self) -> int:
@@ -46,15 +47,20 @@ class WeightStore:
 
     def add(self, offer: WeightOffer, arrays: Any, canary: np.ndarray) -> PublishedVersion:
         """Make `offer` the latest version. The previous version's arrays are released with their reference."""
-        previous = None if self.latest is None else self.latest.canary_current
-        self.latest = PublishedVersion(offer, arrays, canary, previous, time.time())
+        previous = None
+        if self.latest is not None:
+            previous = self.latest.canary_current
+            self.generation += offer.version <= self.latest.offer.version
+        self.latest = PublishedVersion(offer, arrays, canary, previous, time.time(), self.generation)
         return self.latest
 
     def offer_to(self, actor: Any) -> Any:
         """Hand the latest version to one actor; returns the reference of its acknowledgement."""
         latest = self.latest
         assert latest is not None, "offer_to before the first publication"
-        return actor.offer.remote(latest.offer, latest.arrays, latest.canary_current, latest.canary_previous)
+        return actor.offer.remote(
+            latest.generation, latest.offer, latest.arrays, latest.canary_current, latest.canary_previous
+        )
 
     async def wait_acknowledged(self, acknowledgements: Mapping[str, Any]) -> list[str]:
         """Names of the actors that did not take the offer in time."""

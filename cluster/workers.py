@@ -31,17 +31,18 @@ def vault_name(group_id: int, count: int) -> str:
 
 
 class _PendingWeights:
-    """The newest offer not yet loaded, and a condition to wait on it."""
+    """The newest offer not yet loaded, and a condition to wait on it. Newer is a later generation, then version."""
 
     def __init__(self) -> None:
         self.condition = threading.Condition()
         self.offer: tuple[WeightOffer, Mapping[str, np.ndarray], np.ndarray, np.ndarray | None] | None = None
+        self.newest = (-1, -1)
         self.loaded = -1
 
-    def put(self, offer: WeightOffer, arrays: Mapping[str, np.ndarray], *canaries: Any) -> None:
+    def put(self, generation: int, offer: WeightOffer, arrays: Mapping[str, np.ndarray], *canaries: Any) -> None:
         with self.condition:
-            newest = self.loaded if self.offer is None else self.offer[0].version
-            if offer.version > newest:
+            if (generation, offer.version) > self.newest:
+                self.newest = (generation, offer.version)
                 self.offer = (offer, arrays, *canaries)
                 self.condition.notify_all()
 
@@ -87,10 +88,15 @@ class ActorWorker:
         return {"name": self.name, "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
     def offer(
-        self, offer: WeightOffer, arrays: Mapping[str, np.ndarray], canary: np.ndarray, previous: np.ndarray | None
+        self,
+        generation: int,
+        offer: WeightOffer,
+        arrays: Mapping[str, np.ndarray],
+        canary: np.ndarray,
+        previous: np.ndarray | None,
     ) -> int:
         """Take note of published weights; they are loaded before the next group."""
-        self.pending.put(offer, arrays, canary, previous)
+        self.pending.put(generation, offer, arrays, canary, previous)
         return offer.version
 
     def paint(self, task: PromptTask) -> PaintReceipt:
