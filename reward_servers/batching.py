@@ -1,0 +1,205 @@
+"""Dynamic batching: images of many requests in one call of the scorer.
+
+Invariant: at most `capacity` images wait; every accepted piece of work ends with a table or is dropped because nobody
+waits for it any more. The scorer runs in one thread of its own, so the event loop stays free to answer probes.
+Does not own: HTTP (app), what happens within a call (isolation).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from contracts.scores import ScoreTable
+from reward_servers.client.tables import take
+from reward_servers.isolation import score_isolated
+from reward_servers.scorers.base import ScoreBatch, Scorer
+
+
+class QueueFull(Exception):
+    """retry_after_s: when a place is likely to be free."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__("the queue is full")
+
+
+@dataclass(eq=False)
+class Work:
+    """Images of one size from one request. deadline: event-loop time after which nobody waits."""
+
+    batch: ScoreBatch
+    deadline: float
+    arrived: float
+    result: asyncio.Future[ScoreTable] = field(repr=False)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What may be joined: equal shapes, types and wishes."""
+        inputs = self.batch.inputs
+        return (inputs.shape[1:], inputs.dtype, self.batch.latents is None, self.batch.want_gradients)
+
+
+class Batcher:
+    """A bounded queue in front of one scorer.
+
+    joins: whether images of several requests may share a call (pair scorers compare within one request).
+    on_batch(num_images, seconds): told after each call.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        max_batch: int,
+        max_wait_s: float,
+        capacity: int,
+        on_batch: Callable[[int, float], None],
+    ) -> None:
+        self._scorer, self._max_batch, self._max_wait_s, self.capacity = scorer, max_batch, max_wait_s, capacity
+        self._joins = scorer.declares.kind != "pair"
+        self._on_batch = on_batch
+        self._queue: deque[Work] = deque()
+        self._arrival = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._seconds_per_image = 0.0
+        self._busy_since: float | None = None
+        self.draining = False
+
+    @property
+    def depth(self) -> int:
+        """Images waiting."""
+        return sum(len(work.batch) for work in self._queue)
+
+    @property
+    def idle(self) -> bool:
+        return not self._queue and self._busy_since is None
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the present call of the scorer has been running."""
+        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+
+    def retry_after_s(self) -> float:
+        """Seconds until about half of the queue is served, 1 to 30."""
+        return float(np.clip(self._seconds_per_image * self.depth / 2, 1.0, 30.0))
+
+    def submit(self, batches: Sequence[ScoreBatch], deadline: float) -> list[asyncio.Future[ScoreTable]]:
+        """One future a batch, all accepted or none. Raises QueueFull. Cancel a future to take the work back."""
+        if self.depth + sum(map(len, batches)) > self.capacity:
+            raise QueueFull(self.retry_after_s())
+        loop = asyncio.get_running_loop()
+        works = [Work(batch, deadline, loop.time(), loop.create_future()) for batch in batches]
+        self._queue.extend(works)
+        self._arrival.set()
+        return [work.result for work in works]
+
+    async def call(self, function: Callable[[], ScoreTable | None]) -> ScoreTable | None:
+        """Run something in the scorer's thread (loading, the canary)."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def run(self) -> None:
+        """Serve the queue until cancelled."""
+        while True:
+            works = await self._gather()
+            if works:
+                await self._score(works)
+
+    async def drain(self, seconds: float) -> bool:
+        """Wait until all accepted work is done; False when it takes longer."""
+        self.draining = True
+        self._arrival.set()
+        deadline = time.monotonic() + seconds
+        while not self.idle and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return self.idle
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _gather(self) -> list[Work]:
+        """The works of the next call: the oldest, and those that may join it, waiting a little for company."""
+        while not self._queue:
+            self._arrival.clear()
+            await self._arrival.wait()
+            self._drop_abandoned()
+        loop = asyncio.get_running_loop()
+        due = self._queue[0].arrived + self._max_wait_s
+        while self._joins and not self.draining and self._full_enough() < self._max_batch and loop.time() < due:
+            self._arrival.clear()
+            try:
+                await asyncio.wait_for(self._arrival.wait(), due - loop.time())
+            except TimeoutError:
+                break
+        self._drop_abandoned()
+        return self._take()
+
+    def _full_enough(self) -> int:
+        key = self._queue[0].key if self._queue else None
+        return sum(len(work.batch) for work in self._queue if work.key == key)
+
+    def _take(self) -> list[Work]:
+        if not self._queue:
+            return []
+        chosen = [self._queue.popleft()]
+        if not self._joins:
+            return chosen
+        room = self._max_batch - len(chosen[0].batch)
+        for work in list(self._queue):
+            if work.key == chosen[0].key and len(work.batch) <= room:
+                chosen.append(work)
+                self._queue.remove(work)
+                room -= len(work.batch)
+        return chosen
+
+    def _drop_abandoned(self) -> None:
+        """Work whose caller has gone or whose deadline has passed costs the scorer nothing."""
+        now = asyncio.get_running_loop().time()
+        for work in [work for work in self._queue if work.result.done() or work.deadline <= now]:
+            self._queue.remove(work)
+            if not work.result.done():
+                work.result.set_exception(TimeoutError("the deadline passed in the queue"))
+
+    async def _score(self, works: list[Work]) -> None:
+        self._busy_since = start = time.monotonic()
+        try:
+            table = await self.call(lambda: score_isolated(self._scorer, _joined([work.batch for work in works])))
+            assert table is not None
+            _hand_out(works, table)
+        except Exception as error:  # a defect of this server, not of the scorer: its callers get 500, the rest goes on
+            for work in works:
+                if not work.result.done():
+                    work.result.set_exception(error)
+        finally:
+            seconds, self._busy_since = time.monotonic() - start, None
+            num_images = sum(len(work.batch) for work in works)
+            self._seconds_per_image = 0.7 * self._seconds_per_image + 0.3 * seconds / num_images
+            self._on_batch(num_images, seconds)
+
+
+def _joined(batches: list[ScoreBatch]) -> ScoreBatch:
+    if len(batches) == 1:
+        return batches[0]
+    latents = [batch.latents for batch in batches if batch.latents is not None]
+    return ScoreBatch(
+        np.concatenate([batch.images for batch in batches]),
+        tuple(prompt for batch in batches for prompt in batch.prompts),
+        tuple(meta for batch in batches for meta in batch.metadata),
+        np.concatenate(latents) if latents else None,
+        batches[0].want_gradients,
+    )
+
+
+def _hand_out(works: list[Work], table: ScoreTable) -> None:
+    start = 0
+    for work in works:
+        part = table if len(works) == 1 else take(table, slice(start, start + len(work.batch)))
+        start += len(work.batch)
+        if not work.result.done():
+            work.result.set_result(part)

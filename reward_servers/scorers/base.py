@@ -1,0 +1,115 @@
+"""What a scorer is: a class with `load` and `score`, and the batch it is handed.
+
+To add one: a file with a subclass of `Scorer`, a row in contracts/registry.py. Your own needs neither: name it
+`module:Class` from the working directory and give it the class attribute `declares`.
+
+Example:
+
+    class Brightness(Scorer):
+        declares = ScorerGives(columns=("brightness",))
+
+        def score(self, batch: ScoreBatch) -> ScoreTable:
+            return self.table(batch.images.mean(axis=(1, 2, 3)) / 255)
+
+Does not own: HTTP, batching and the isolation of failures (app, batching, isolation), the table's type (contracts).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from contracts.declarations import ScorerGives
+from contracts.errors import ConfigError
+from contracts.registry import resolve
+from contracts.scores import ScoreTable, point_table
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """N images of one size, or N latents of one shape, with what was asked for.
+
+    images: uint8 [N,H,W,3], read-only, of length 0 when the scorer accepts latents; prompts: N texts; metadata: N
+    dictionaries of JSON values; latents: floating [N,C,h,w] or None; want_gradients: dR/d input is asked for as well.
+    """
+
+    images: np.ndarray
+    prompts: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]
+    latents: np.ndarray | None = None
+    want_gradients: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """The images, or the latents of a scorer that accepts those."""
+        return self.images if self.latents is None else self.latents
+
+    def one(self, index: int) -> ScoreBatch:
+        """The batch of one image alone."""
+        rows = slice(index, index + 1)
+        latents = None if self.latents is None else self.latents[rows]
+        return ScoreBatch(self.images[rows], self.prompts[rows], self.metadata[rows], latents, self.want_gradients)
+
+
+class Scorer(ABC):
+    """One member of the jury. `score` is called from one thread at a time.
+
+    Whatever `score` raises becomes a FAILED entry of the image that caused it: raise freely, never invent a number.
+    """
+
+    declares: ClassVar[ScorerGives]
+    name: str = ""
+    version: str = "1"
+    paper: str = ""
+    higher_is_better: bool = True
+    value_range: tuple[float | None, float | None] = (None, None)
+    weight_digest: str = ""
+
+    def load(self) -> None:  # noqa: B027  (most scorers have nothing to load)
+        """Load weights. Called once, before the first score; whatever it raises ends the server with that message."""
+
+    def canary(self) -> ScoreBatch:
+        """A small batch that must be scored before the server calls itself ready: one grey 32x32 image."""
+        return ScoreBatch(np.full((1, 32, 32, 3), 128, np.uint8), ("a grey square",), ({},))
+
+    @abstractmethod
+    def score(self, batch: ScoreBatch) -> ScoreTable:
+        """The table of a batch. Raises whatever it likes; NaN stands for a failed entry."""
+
+    def table(self, values: np.ndarray, reasons: Sequence[str] = (), **more: Any) -> ScoreTable:
+        """A point table of this scorer from values [N] or [N,K]."""
+        return point_table(
+            self.name or type(self).__name__, self.version, self.declares.columns, values, reasons, **more
+        )
+
+
+def declared(name: str) -> ScorerGives:
+    """The declaration of a built-in scorer, from its registry row: written once."""
+    return cast(ScorerGives, resolve("scorer", name).declares)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The path of a weights file. Raises ConfigError unless it exists and is safetensors (law 7: nothing unpickled)."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            "weights", f"{path} is not a safetensors file", "convert it; pickled weights are never loaded"
+        )
+    if not path.is_file():
+        raise ConfigError("weights", f"{path} does not exist")
+    return path
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes, 32 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,72 @@
+"""The series of one reward server, registered from the catalogue (law 9) in a registry of its own.
+
+Does not own: names, types and help texts (contracts.metrics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from contracts.metrics import CATALOGUE, Metric
+from contracts.scores import Outcome, ScoreTable
+
+_PREFIX = "salon_reward_"
+disable_created_metrics()  # they would be series that the catalogue does not name
+
+
+class Telemetry:
+    """Counts of one server. All series carry the scorer's name."""
+
+    def __init__(self, scorer: str) -> None:
+        self.registry = CollectorRegistry()
+        self._scorer = scorer
+        metrics = [metric for metric in CATALOGUE if metric.role == "reward_server"]
+        self._series = {metric.name.removeprefix(_PREFIX): _register(metric, self.registry) for metric in metrics}
+
+    def request(self, status: int, seconds: float) -> None:
+        self._of("requests_total", status=str(status)).inc()
+        self._of("request_seconds").observe(seconds)
+
+    def answered(self, table: ScoreTable) -> None:
+        """Counts each image once: as ok when all its columns are, else by its worst outcome."""
+        for name, count in outcome_counts(table).items():
+            self._of("images_total", outcome=name).inc(count)
+
+    def scored(self, num_images: int, seconds: float) -> None:
+        """One call of the scorer."""
+        self._of("batch_images").observe(num_images)
+        self._of("scorer_seconds").observe(seconds)
+
+    def watch(self, depth: Callable[[], float], capacity: int, ready: Callable[[], bool]) -> None:
+        """Gauges read at the moment of a scrape."""
+        self._of("queue_depth").set_function(depth)
+        self._of("queue_capacity").set(capacity)
+        self._of("ready").set_function(lambda: float(ready()))
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _of(self, name: str, **labels: str) -> Any:
+        return self._series[name].labels(scorer=self._scorer, **labels)
+
+
+def outcome_counts(table: ScoreTable) -> dict[str, int]:
+    """Images by outcome name; the first outcome that is not OK speaks for an image."""
+    flat = table.outcomes.reshape(table.num_images, -1)
+    if table.kind == "pair":  # the diagonal says nothing
+        keep = ~np.eye(table.num_images, dtype=bool).repeat(len(table.columns), axis=1)
+        flat = np.where(keep, flat, Outcome.OK)
+    worst = np.where((flat == Outcome.OK).all(axis=1), 0, flat.max(axis=1, initial=0))
+    return {outcome.name.lower(): int((worst == outcome).sum()) for outcome in Outcome if (worst == outcome).any()}
+
+
+def _register(metric: Metric, registry: CollectorRegistry) -> Any:
+    if metric.type == "histogram":
+        return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)
+    kind = Counter if metric.type == "counter" else Gauge
+    return kind(metric.name, metric.help, metric.labels, registry=registry)
