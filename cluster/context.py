@@ -72,7 +72,6 @@ class RunContext:
     failure: BaseException | None = None
     started: float = field(default_factory=time.monotonic)
     train_started: float | None = None
-    evaluation_seconds: float = 0.0  # spent in mid-run evaluations, not counted as training
 
     def vault(self, name: str) -> Any:
         return self.vaults[name]
@@ -88,7 +87,7 @@ class RunContext:
         """Seconds of training so far."""
         if self.train_started is None:
             return 0.0
-        return time.monotonic() - self.train_started - self.evaluation_seconds
+        return time.monotonic() - self.train_started
 
     def reached_end(self) -> bool:
         """Whether a limit of `stop` is reached."""

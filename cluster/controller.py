@@ -181,7 +181,7 @@ class Controller:
     async def _together(self, *loops: Any) -> None:
         """Run the loops until all end; the first failure stops the others and is raised."""
         tasks = [asyncio.create_task(loop) for loop in loops]
-        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         failure = next((task.exception() for task in done if task.exception() is not None), None)
         assert self.context is not None
         self.context.stop(failure)
@@ -234,18 +234,20 @@ class Controller:
         self.after = await self._evaluate(rollout_sampling(self.config), self.config.eval.num_prompts, "after")
 
     async def _evaluate_during(self) -> None:
-        """On a schedule, beside training. Its time is not training time only where it blocks an actor: it is counted."""
+        """On a schedule, beside training; the time it takes from the actors counts as training time."""
         every = self.config.eval.every_steps
         context = self.context
         assert context is not None
         done = 0
         while every is not None:
-            await context.bell.wait_until(lambda: context.stopping or context.step // every > done)
+            await context.bell.wait_until(lambda done=done: context.stopping or context.step // every > done)
             if context.stopping:
                 return
             done = context.step // every
             try:
-                await self._evaluate(rollout_sampling(self.config), self.config.eval.during_prompts, f"step {context.step}")
+                await self._evaluate(
+                    rollout_sampling(self.config), self.config.eval.during_prompts, f"step {context.step}"
+                )
             except (SalonError, ray.exceptions.RayError) as error:
                 context.telemetry.event("evaluation_failed", step=context.step, error=str(error))
 
@@ -267,7 +269,9 @@ class Controller:
                 await _ready(images)
             finally:
                 free.put_nowait(handle)
-            tables = await self.dispatcher.score_images.remote(images, chunk.prompts, [s.name for s in self.config.scorers])
+            tables = await self.dispatcher.score_images.remote(
+                images, chunk.prompts, [s.name for s in self.config.scorers]
+            )
             finished.append(len(chunk.prompts))
             self.phase_share = sum(finished) / len(plan.prompts)
             return images, tables

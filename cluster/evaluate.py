@@ -97,9 +97,7 @@ def judging(config: RunConfig) -> tuple[str, str | None]:
     return name, config.eval.column
 
 
-def summarise(
-    config: RunConfig, plan: EvalPlan, tables: Sequence[Mapping[str, ScoreTable]]
-) -> EvalResult:
+def summarise(config: RunConfig, plan: EvalPlan, tables: Sequence[Mapping[str, ScoreTable]]) -> EvalResult:
     """The result of an evaluation from its chunks' tables. Images without a valid score count for nothing."""
     scorer, column = judging(config)
     values, valid = _judged(tables, scorer, column)

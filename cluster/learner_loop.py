@@ -31,7 +31,7 @@ class LearnerLoop:
         self.max_staleness = 0
 
     async def publish(self) -> None:
-        """Publish the current (or sampling) weights and offer them to every actor. Version v is the weights of step v."""
+        """Publish the current (or sampling) weights and offer them to every actor; version v follows step v."""
         start = time.monotonic()
         context = self.context
         offer, canary, arrays = await self.group.snapshot(context.step, context.step)
@@ -65,7 +65,9 @@ class LearnerLoop:
                 return True
             self._discard_late()
             pipeline, rollout = context.config.pipeline, context.config.rollout
-            ids = context.ledger.claim(rollout.groups_per_step, pipeline.claim_order, context.config.learner.hang_timeout_s)
+            ids = context.ledger.claim(
+                rollout.groups_per_step, pipeline.claim_order, context.config.learner.hang_timeout_s
+            )
             claimed.extend(ids or [])
             return bool(ids)
 
@@ -113,9 +115,7 @@ class LearnerLoop:
             tables = context.ledger.tables(group_id)
             context.groups[group_id] = Scored(header, tables, group_rewards(header, tables, context.config))
 
-    def _report(
-        self, report: StepReport, groups: dict[int, Scored], staleness: list[int], seconds: float
-    ) -> None:
+    def _report(self, report: StepReport, groups: dict[int, Scored], staleness: list[int], seconds: float) -> None:
         context = self.context
         telemetry = context.telemetry
         images = sum(scored.header.group_size for scored in groups.values())

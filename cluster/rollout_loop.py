@@ -17,9 +17,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.context import RunContext, Scored
+from cluster.workers import ActorWorker
 from contracts.errors import SalonError, StaleLease, WeightsNotProven
 from contracts.wire import PaintReceipt, PromptTask, Source
-from cluster.workers import ActorWorker
 
 
 class ActorFleet:
@@ -78,9 +78,7 @@ class RolloutLoop:
 
     async def run(self) -> None:
         """Until the run stops."""
-        slots = [
-            self._slot(name) for name in self.fleet.names for _ in range(self.context.config.rollout.prefetch)
-        ]
+        slots = [self._slot(name) for name in self.fleet.names for _ in range(self.context.config.rollout.prefetch)]
         await asyncio.gather(*slots)
 
     async def _slot(self, name: str) -> None:

@@ -95,7 +95,9 @@ class Jury:
     def _table(self, name: str, task: asyncio.Task[ScoreTable], num_images: int) -> ScoreTable:
         if not task.done():
             task.cancel()
-            return failed_table(name, "", declared_columns(self.scorers[name]), num_images, Outcome.TIMED_OUT, "grace over")
+            return failed_table(
+                name, "", declared_columns(self.scorers[name]), num_images, Outcome.TIMED_OUT, "grace over"
+            )
         error = task.exception()
         if error is not None:
             reason = f"{type(error).__name__}: {error}"

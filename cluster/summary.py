@@ -42,7 +42,9 @@ def summarise_run(
         "groups_trained": groups_trained,
         "images_painted": books.painted,
         "images_trained": books.trained,
-        "images_discarded": {str(reason): count for reason, count in sorted(books.discarded_by_reason.items()) if count},
+        "images_discarded": {
+            str(reason): count for reason, count in sorted(books.discarded_by_reason.items()) if count
+        },
         "images_discarded_by_weight_sync": books.discarded_by_weight_sync,
         "images_alive": books.alive,
         "max_staleness_seen": books.max_staleness_seen,

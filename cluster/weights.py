@@ -68,7 +68,8 @@ class WeightStore:
             return []
         names = list(acknowledgements)
         results = await asyncio.gather(
-            *(asyncio.wait_for(_value(acknowledgements[name]), self.timeout_s) for name in names), return_exceptions=True
+            *(asyncio.wait_for(_value(acknowledgements[name]), self.timeout_s) for name in names),
+            return_exceptions=True,
         )
         return [name for name, result in zip(names, results, strict=True) if isinstance(result, BaseException)]
 

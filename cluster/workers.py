@@ -156,7 +156,9 @@ class ActorWorker:
 class RankWorker:
     """A learner rank. Never restarted alone: when one dies or hangs, all are rebuilt (controller.py)."""
 
-    def __init__(self, config: RunConfig, rank: int, vaults: Mapping[str, Any], scorers: Sequence[ScorerConfig]) -> None:
+    def __init__(
+        self, config: RunConfig, rank: int, vaults: Mapping[str, Any], scorers: Sequence[ScorerConfig]
+    ) -> None:
         from cluster.processes import prepare_process
 
         prepare_process(f"learner-{rank}", config.learner.threads)
@@ -177,7 +179,11 @@ class RankWorker:
         world = self.config.learner.ranks
         local_rank = "0" if self.config.learner.gpus_per_rank else str(self.rank)
         os.environ.update(
-            MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), WORLD_SIZE=str(world), LOCAL_RANK=local_rank
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+            RANK=str(self.rank),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK=local_rank,
         )
         from learner.rank import RankLearner, init_distributed
 
