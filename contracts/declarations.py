@@ -20,6 +20,7 @@ class ObjectiveNeeds(Message):
     unit: Literal["sample", "pair"] = "sample"
     states: bool = False  # recorded latents of the stochastic steps
     log_probs: bool = False  # behaviour log-probs: the sampler must score its own steps
+    means: bool = False  # means of the recorded steps; needs.py adds it where drift is measured
     gaussian_density: bool = False  # the log-prob must be a true density (cps published form is not)
     clean: bool = False  # final latents
     reward_gradient: bool = False  # the learner paints with gradient; scorers must offer dR/d image

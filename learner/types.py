@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from contracts.wire import GroupHeader, UpdatePlan
+from contracts.wire import GroupHeader, PromptSpec, Row, UpdatePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,10 @@ class Rewards:
     valid: np.ndarray
     optional: np.ndarray
 
+    def totals(self) -> np.ndarray:
+        """float64 [G]: values plus the centred optional part; NaN where invalid."""
+        return self.values + self.optional
+
 
 @dataclass(frozen=True)
 class CreditBatch:
@@ -48,11 +52,15 @@ class CreditBatch:
 
 @dataclass(frozen=True)
 class Credit:
-    """What credit yields. advantages [G] or [G,K], 0 where invalid; returns [G,K] with a critic."""
+    """What credit yields. advantages [G] or [G,K], 0 where invalid; returns [G,K] with a critic.
+
+    rewards [G]: the rewards advantages were made of, NaN where invalid; pairs are chosen by them.
+    """
 
     advantages: Mapping[int, np.ndarray]
     returns: Mapping[int, np.ndarray] = field(default_factory=dict)
     old_values: Mapping[int, np.ndarray] = field(default_factory=dict)
+    rewards: Mapping[int, np.ndarray] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -85,6 +93,9 @@ class MicroBatch:
     sigmas: Tensor  # [T+1]
     step_indices: tuple[int, ...]  # the K recorded steps; one window a micro-batch
     staleness: Tensor  # [B] versions behind
+    update: int = 0  # which optimizer step of this learner step; 0: the weights are still those it began with
+    rows: tuple[Row, ...] = ()  # group and sample of each row
+    prompts: tuple[PromptSpec, ...] = ()  # [B], for objectives that paint and score themselves
     clean: Tensor | None = None  # [B,C,h,w] fp32
     states: Tensor | None = None  # [B,K+1,C,h,w] fp32 (values rounded to the storage dtype)
     log_prob_sum: Tensor | None = None  # [B,K] behaviour

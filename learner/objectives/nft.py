@@ -1,0 +1,101 @@
+"""DiffusionNFT (2509.16117): flow matching on own samples, towards the good and away from the bad.
+
+With v_old the EMA policy that painted, optimality r = clamp(A,-c,c)/(2c) + 1/2 and b = beta:
+
+    v+ = b v + (1-b) v_old            v- = (1+b) v_old - b v
+    l± = mean_d (x_t - t v± - x_0)^2 / w±,   w± = max(mean_d |x_t - t v± - x_0|, 1e-5), float64, no gradient
+    L  = c (r l+ + (1-r) l-)/b + beta_kl mean_d (v - v_ref)^2,   c = advantage_clip
+
+One pass a time; losses in float64. At v = v_old the gradient is that of A * mse_x0 / w whatever b is. The old policy
+moves once a learner step: old = d old + (1-d) current, d = min((optimizer steps - flat) * rate, hold).
+Does not own: advantages (credit/group.py), the snapshots themselves (learner/snapshots.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from contracts.config.objectives import NFTConfig
+from learner.objectives.base import Means, ModelHandle, Objective, declared
+from learner.objectives.draws import grid_times, noise, uniform_times
+from learner.objectives.matching import Noised, mean_square, per_row, stack_draws, velocity
+from learner.types import LossSum, MicroBatch, StepJob
+
+MIN_WEIGHT = 1e-5
+
+
+class NFT(Objective[NFTConfig]):
+    """Needs clean latents and the snapshots `old`, and `ref` with a KL term."""
+
+    declares = declared("nft")
+
+    def num_passes(self, batch: MicroBatch) -> int:
+        return self.config.draws or max(len(batch.sigmas) - 2, 1)
+
+    def prepasses(self, job: StepJob) -> tuple[str | None, ...]:
+        return ("old", "ref") if self.config.kl_beta > 0 else ("old",)
+
+    def prepass(self, model: ModelHandle, batch: MicroBatch, snapshot: str | None) -> dict[str, Tensor]:
+        """{"old" or "ref": velocities fp32 [B,draws,C,h,w]} at the very times and noise the passes use."""
+        draws = range(self.num_passes(batch))
+        return {str(snapshot): stack_draws([velocity(model, batch, self.noised(batch, draw)) for draw in draws])}
+
+    def noised(self, batch: MicroBatch, draw: int) -> Noised:
+        """The rows at their draw number `draw`: fresh time and noise for each."""
+        assert batch.clean is not None
+        times = grid_times if self.config.time_grid == "rollout" else uniform_times
+        seed = self.context.run_seed
+        return Noised.of(batch.clean, times(batch, seed, draw), noise(batch, seed, draw))
+
+    def optimality(self, advantage: Tensor) -> Tensor:
+        """r in [0,1], float64."""
+        clip = self.config.advantage_clip
+        return (advantage.double().clamp(-clip, clip) / clip / 2 + 0.5).clamp(0, 1)
+
+    def loss(self, model: ModelHandle, batch: MicroBatch, p: int) -> LossSum:
+        assert batch.clean is not None
+        noised = self.noised(batch, p)
+        v = velocity(model, batch, noised)
+        old = batch.prepass["old"][:, p]
+        positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
+        r = self.optimality(batch.advantage)
+        row_loss = self.config.advantage_clip * (r * positive + (1 - r) * negative) / self.config.beta
+        means = Means(batch.weight)
+        means.add("policy_loss", row_loss)
+        means.add("positive_loss", positive)
+        means.add("negative_loss", negative)
+        means.add("optimality", r)
+        means.add("old_distance", mean_square(v, old))
+        if self.config.kl_beta > 0:
+            kl = mean_square(v, batch.prepass["ref"][:, p])
+            row_loss = row_loss + self.config.kl_beta * kl
+            means.add("kl", kl)
+        return LossSum((batch.weight.double() * row_loss).sum().float(), means.pairs)
+
+    def snapshot_decay(self, snapshot: str, optimizer_steps: int) -> float | None:
+        """The old policy's decay d after `optimizer_steps` optimizer steps; the reference stays."""
+        if snapshot != "old":
+            return None
+        return old_decay(optimizer_steps, self.config.decay_flat, self.config.decay_rate, self.config.decay_hold)
+
+
+def old_decay(optimizer_steps: int, flat: int, rate: float, hold: float) -> float:
+    """0 up to `flat`, then (steps - flat) * rate, at most `hold`."""
+    return 0.0 if optimizer_steps < flat else min((optimizer_steps - flat) * rate, hold)
+
+
+def implicit_losses(v: Tensor, old: Tensor, noised: Noised, clean: Tensor, b: float) -> tuple[Tensor, Tensor]:
+    """(l+, l-), float64 [B]: self-normalised x_0 errors of the implicit positive and negative policies."""
+    v, old, x, clean = v.double(), old.double(), noised.x.double(), clean.double()
+    t = per_row(noised.s.double(), clean)
+    return (
+        _normalised_error(x - t * (b * v + (1 - b) * old) - clean),
+        _normalised_error(x - t * ((1 + b) * old - b * v) - clean),
+    )
+
+
+def _normalised_error(error: Tensor) -> Tensor:
+    error = error.flatten(1)
+    weight = error.detach().abs().mean(1).clamp(min=MIN_WEIGHT)
+    return torch.mean(error.square(), dim=1) / weight
