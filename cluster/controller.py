@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -60,11 +61,19 @@ from contracts.wire import DiscardReason
 log = logging.getLogger("salon.controller")
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The classes that hold a model, by target: a benchmark or a test puts others in their place."""
+
+    painter: str = "actors.painter:Painter"
+    learner: str = "learner.rank:RankLearner"
+
+
 class Controller:
     """Owns the run. `run()` is called once; `status()` and `stop()` at any time beside it."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, parts: Parts | None = None) -> None:
+        self.config, self.parts = config, parts or Parts()
         self.phase = "starting"
         self.context: RunContext | None = None
         self.hosts: list[Any] = []
@@ -108,8 +117,8 @@ class Controller:
             config, folder, ledger, admission, WeightStore(config.weights.timeout_s), telemetry, source, vaults
         )
         scorers = await self._start_servers()
-        self.fleet = ActorFleet(self.context)
-        self.ranks = LearnerGroup(config, vaults, scorers)
+        self.fleet = ActorFleet(self.context, self.parts.painter)
+        self.ranks = LearnerGroup(config, vaults, scorers, self.parts.learner)
         self.dispatcher = Dispatcher.remote(scorers, config.reward, vaults)
         await asyncio.gather(self.fleet.start(), self.ranks.start(), _value(self.dispatcher.ready.remote()))
         self.scoring = ScoringLoop(self.context, self.dispatcher)

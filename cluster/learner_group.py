@@ -29,7 +29,14 @@ from learner.types import StepJob
 class LearnerGroup:
     """Every rank of the learner."""
 
-    def __init__(self, config: RunConfig, vaults: Mapping[str, Any], scorers: Sequence[ScorerConfig]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vaults: Mapping[str, Any],
+        scorers: Sequence[ScorerConfig],
+        learner: str = "learner.rank:RankLearner",
+    ) -> None:
+        self.learner = learner
         self.config, self.vaults, self.scorers = config, vaults, scorers
         self.ranks: list[Any] = []
         self.processes: list[dict[str, Any]] = []
@@ -52,7 +59,7 @@ class LearnerGroup:
         strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=rank)
         return RankWorker.options(
             num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, scheduling_strategy=strategy
-        ).remote(self.config, rank, self.vaults, self.scorers)
+        ).remote(self.config, rank, self.vaults, self.scorers, self.learner)
 
     async def rebuild(self, state: Path | None) -> None:
         """Replace every rank by a new one that starts from `state`."""

@@ -25,9 +25,8 @@ from contracts.wire import PaintReceipt, PromptTask, Source
 class ActorFleet:
     """The rollout actors: created, restarted, offered weights."""
 
-    def __init__(self, context: RunContext, create: Callable[[str], Any] | None = None) -> None:
-        self.context = context
-        self.create = create or self._create
+    def __init__(self, context: RunContext, painter: str = "actors.painter:Painter") -> None:
+        self.context, self.painter = context, painter
         self.names = [f"actor-{index}" for index in range(context.config.rollout.actors)]
         self.handles: dict[str, Any] = {}
         self.processes: dict[str, dict[str, Any]] = {}
@@ -36,11 +35,11 @@ class ActorFleet:
     def _create(self, name: str) -> Any:
         rollout = self.context.config.rollout
         options = ActorWorker.options(num_cpus=rollout.cpus_per_actor, num_gpus=rollout.gpus_per_actor)
-        return options.remote(self.context.config, name, self.context.vaults)
+        return options.remote(self.context.config, name, self.context.vaults, self.painter)
 
     async def start(self) -> None:
         """Create every actor and wait until all have loaded their model."""
-        self.handles = {name: self.create(name) for name in self.names}
+        self.handles = {name: self._create(name) for name in self.names}
         infos = await asyncio.gather(*(_value(handle.ready.remote()) for handle in self.handles.values()))
         self.processes = dict(zip(self.names, infos, strict=True))
 

@@ -8,6 +8,7 @@ Does not own: who is asked for what (controller.py), where they are placed (plac
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
 from contracts.config.scoring import ScorerConfig
@@ -71,14 +73,16 @@ class ActorWorker:
     storing of one group run beside the denoising of the next.
     """
 
-    def __init__(self, config: RunConfig, name: str, vaults: Mapping[str, Any]) -> None:
-        from cluster.processes import prepare_process
+    def __init__(
+        self, config: RunConfig, name: str, vaults: Mapping[str, Any], painter: str = "actors.painter:Painter"
+    ) -> None:
+        """painter: target of the class that paints, so that benchmarks can put a timer in a model's place."""
+        from cluster.processes import limit_threads, prepare_process
 
-        prepare_process(name, config.rollout.threads)
-        from actors.painter import Painter
-
+        prepare_process(name)
         self.name, self.config, self.vaults = name, config, dict(vaults)
-        self.painter = Painter(config)
+        self.painter = registry.import_target(painter)(config)
+        limit_threads(config.rollout.threads)
         self.pending = _PendingWeights()
         self.denoising = threading.Lock()
         self.new_proof: WeightProof | None = None
@@ -157,11 +161,18 @@ class RankWorker:
     """A learner rank. Never restarted alone: when one dies or hangs, all are rebuilt (controller.py)."""
 
     def __init__(
-        self, config: RunConfig, rank: int, vaults: Mapping[str, Any], scorers: Sequence[ScorerConfig]
+        self,
+        config: RunConfig,
+        rank: int,
+        vaults: Mapping[str, Any],
+        scorers: Sequence[ScorerConfig],
+        learner: str = "learner.rank:RankLearner",
     ) -> None:
+        """learner: target of the class that trains, so that benchmarks can put a timer in a model's place."""
         from cluster.processes import prepare_process
 
-        prepare_process(f"learner-{rank}", config.learner.threads)
+        prepare_process(f"learner-{rank}")
+        self.target = learner
         self.config, self.rank, self.vaults, self.scorers = config, rank, dict(vaults), list(scorers)
         self.learner: Any = None
         self.group_vault: dict[int, str] = {}
@@ -185,13 +196,21 @@ class RankWorker:
             WORLD_SIZE=str(world),
             LOCAL_RANK=local_rank,
         )
-        from learner.rank import RankLearner, init_distributed
+        from cluster.processes import limit_threads
 
-        init_distributed(self.config, self.rank, world)
-        self.learner = RankLearner(self.config, self.rank, world, score_gradient=self._score_gradient())
+        learner_class = registry.import_target(self.target)
+        limit_threads(self.config.learner.threads)
+        self._join(world)
+        self.learner = learner_class(self.config, self.rank, world, score_gradient=self._score_gradient())
         if state is not None:
             self.learner.load_state(Path(state))
         return {"name": f"learner-{self.rank}", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+
+    def _join(self, world: int) -> None:
+        if "torch" in sys.modules:
+            from learner.distributed import init_distributed
+
+            init_distributed(self.config, self.rank, world)
 
     def values(self, job: StepJob) -> dict[int, np.ndarray]:
         return self.learner.values(job, self._fetch, self._fetch_embedding)
