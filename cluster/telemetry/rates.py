@@ -45,7 +45,7 @@ def count_accelerators(config: RunConfig, source: Source = Source.ACTORS) -> Acc
     if gpus_painting + gpus_learning == 0:
         servers = sum(_replicas(scorer) for scorer in config.scorers)
         return Accelerators(painting, config.learner.ranks, servers, "cpu slot")
-    scoring = sum(_replicas(scorer) * _gpus_a_replica(scorer) for scorer in config.scorers)
+    scoring = sum(_replicas(scorer) * gpus_a_replica(scorer) for scorer in config.scorers)
     return Accelerators(gpus_painting, gpus_learning, scoring, "gpu")
 
 
@@ -58,7 +58,8 @@ def _replicas(scorer: ScorerConfig) -> int:
     return len(scorer.urls) if scorer.urls else int(scorer.serve is not None)
 
 
-def _gpus_a_replica(scorer: ScorerConfig) -> float:
+def gpus_a_replica(scorer: ScorerConfig) -> float:
+    """GPUs of one process of this scorer."""
     return float(getattr(scorer, "gpus", 1.0 if scorer.urls else 0.0))
 
 

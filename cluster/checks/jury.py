@@ -1,0 +1,195 @@
+"""Scorers, rewards and judging: do the scorers answer what the reward, the objective and the evaluation read?
+
+`check_jury` decides by declarations; `ask_servers` asks running servers for theirs (/v1/info). Does not own: scoring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+
+import httpx
+from pydantic import ValidationError
+
+from cluster.checks.declared import Declared
+from contracts import registry
+from contracts.config import RunConfig
+from contracts.config.scoring import ScorerConfig
+from contracts.declarations import ScorerGives
+from contracts.errors import ConfigError
+from contracts.scores import ScorerInfo
+from contracts.wire import Source
+
+ASK_TIMEOUT_S = 10.0
+
+
+def check_jury(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
+    """Every mismatch that the scorers' declarations show."""
+    for index, scorer in enumerate(config.scorers):
+        gives = declared.scorers[scorer.name]
+        if gives is not None:
+            yield from _scorer(config, index, scorer, gives)
+    yield from _weights(config)
+    yield from _judging(config, declared)
+    if declared.objective is not None and declared.objective.reward_gradient:
+        yield from _gradient(config, declared)
+
+
+def _scorer(config: RunConfig, index: int, scorer: ScorerConfig, gives: ScorerGives) -> Iterator[ConfigError]:
+    where = f"scorers.{index}"
+    unknown = [] if scorer.function else [column for column in scorer.weights if column not in gives.columns]
+    if unknown:
+        yield ConfigError(
+            f"{where}.weights",
+            f"{scorer.name} has no column {', '.join(unknown)}",
+            f"it has {', '.join(gives.columns)}",
+        )
+    if gives.kind != "point" and not scorer.held_out:
+        yield ConfigError(
+            where, f"{scorer.name} answers a {gives.kind} table and rewards are summed from point tables",
+            "set held_out: true, or use a scorer of one number an image",
+        )  # fmt: skip
+    if gives.accepts == "latents":
+        yield ConfigError(where, f"{scorer.name} reads latents; the jury is sent images", "use a scorer of images")
+
+
+def _weights(config: RunConfig) -> Iterator[ConfigError]:
+    for index, scorer in enumerate(config.scorers):
+        if scorer.weights and not any(scorer.weights.values()):
+            yield ConfigError(f"scorers.{index}.weights", "all weights are 0: the scorer counts for nothing",
+                              "set held_out: true instead")  # fmt: skip
+    training = [scorer for scorer in config.scorers if not scorer.held_out]
+    if not any(scorer.required for scorer in training):
+        yield ConfigError("scorers", "no scorer that trains is required, so every sample may end without a reward",
+                          "let one of them be required")  # fmt: skip
+
+
+def judging_scorer(config: RunConfig) -> str:
+    """Name of the scorer that judges held-out images: eval.scorer, else the first held-out one, else the first."""
+    held_out = [scorer.name for scorer in config.scorers if scorer.held_out]
+    return config.eval.scorer or (held_out or [config.scorers[0].name])[0]
+
+
+def _judging(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
+    name = judging_scorer(config)
+    if name not in declared.scorers:
+        yield ConfigError("eval.scorer", f"no scorer is called {name!r}", f"one of {', '.join(declared.scorers)}")
+        return
+    gives, column = declared.scorers[name], config.eval.column
+    if gives is not None and gives.kind != "point":
+        yield ConfigError("eval.scorer", f"{name} answers a {gives.kind} table; accuracy is read from a point table")
+    elif gives is not None and column is not None and column not in gives.columns:
+        yield ConfigError("eval.column", f"{name} has no column {column!r}", f"it has {', '.join(gives.columns)}")
+
+
+def _gradient(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
+    training = [(i, scorer) for i, scorer in enumerate(config.scorers) if not scorer.held_out]
+    objective = config.objective.name
+    if len(training) != 1:
+        names = ", ".join(scorer.name for _, scorer in training)
+        yield ConfigError(
+            "scorers, objective.name", f"{objective} follows the gradient of exactly one scorer; {names} would train",
+            "set held_out: true on the others",
+        )  # fmt: skip
+        return
+    index, scorer = training[0]
+    gives = declared.scorers[scorer.name]
+    if scorer.function or (gives is not None and not gives.gradients):
+        able = [
+            e.name for e in registry.entries("scorer") if isinstance(e.declares, ScorerGives) and e.declares.gradients
+        ]
+        yield ConfigError(
+            f"scorers.{index}, objective.name", f"{objective} follows the reward's gradient; {scorer.name} offers none",
+            f"use a scorer that declares gradients ({', '.join(able)}), or another objective",
+        )  # fmt: skip
+    elif gives is not None and set(scorer.weights) - {gives.columns[0]}:
+        yield ConfigError(
+            f"scorers.{index}.weights", f"gradients are those of the first column ({gives.columns[0]})",
+            f"weight only {gives.columns[0]}",
+        )  # fmt: skip
+
+
+def check_metadata(config: RunConfig, declared: Declared, known: Sequence[str] | None) -> Iterator[ConfigError]:
+    """Prompt metadata against what scorers read. known: keys a prompt file was seen to have; None: not seen."""
+    if declared.prompts is None or declared.prompts.source is Source.FILES:
+        return
+    offered = {*declared.prompts.metadata_keys, *(known or ())}
+    for index, scorer in enumerate(config.scorers):
+        gives = declared.scorers[scorer.name]
+        missing = [key for key in gives.metadata_keys if key not in offered] if gives is not None else []
+        if missing and (known is not None or config.prompts.source in ("playground", "text")):
+            yield ConfigError(
+                f"scorers.{index}, prompts.source",
+                f"{scorer.name} reads metadata that {config.prompts.source} does not give: {', '.join(missing)}", _metadata_way_out(missing),
+            )  # fmt: skip
+
+
+def _metadata_way_out(missing: Sequence[str]) -> str:
+    sources = [
+        e.name for e in registry.entries("prompts") if set(missing) <= set(getattr(e.declares, "metadata_keys", ()))
+    ]
+    first = f"use prompts.source={' or '.join(sources)}, or " if sources else ""
+    return f"{first}a JSONL or parquet file with {', '.join(missing)}"
+
+
+async def ask_servers(config: RunConfig) -> list[ConfigError]:
+    """Ask every reward server given by URL what it is, and compare. Takes at most ASK_TIMEOUT_S."""
+    async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, follow_redirects=False) as client:
+        answers = [_ask(client, config, i, s) for i, s in enumerate(config.scorers) if s.urls]
+        return [error for errors in await asyncio.gather(*answers) for error in errors]
+
+
+async def _ask(client: httpx.AsyncClient, config: RunConfig, index: int, scorer: ScorerConfig) -> list[ConfigError]:
+    token = os.environ.get(scorer.token_env, "")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    errors: list[ConfigError] = []
+    infos: list[ScorerInfo] = []
+    for position, url in enumerate(scorer.urls):
+        where = f"scorers.{index}.urls.{position}"
+        try:
+            answer = await client.get(f"{url.rstrip('/')}/v1/info", headers=headers)
+            answer.raise_for_status()
+            infos.append(ScorerInfo.model_validate_json(answer.content))
+        except httpx.HTTPStatusError as error:
+            errors.append(_refused(where, url, scorer, error.response.status_code))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            problem = f"{url} does not answer ({type(error).__name__})"
+            errors.append(
+                ConfigError(where, problem, "start it (`python -m reward_servers serve NAME`) or mend the address")
+            )
+        except ValidationError:
+            errors.append(ConfigError(where, f"{url} is no reward server: /v1/info holds something else"))
+    return errors + list(_compare(config, index, scorer, infos))
+
+
+def _refused(where: str, url: str, scorer: ScorerConfig, status: int) -> ConfigError:
+    way_out = f"set the environment variable {scorer.token_env}" if status in (401, 403) else ""
+    return ConfigError(where, f"{url} answers HTTP {status} to /v1/info", way_out)
+
+
+def _compare(
+    config: RunConfig, index: int, scorer: ScorerConfig, infos: Sequence[ScorerInfo]
+) -> Iterator[ConfigError]:  # fmt: skip
+    where = f"scorers.{index}"
+    if len({(info.columns, info.version) for info in infos}) > 1:
+        said = "; ".join(f"{info.version}: {', '.join(info.columns)}" for info in infos)
+        yield ConfigError(f"{where}.urls", f"the replicas of {scorer.name} differ ({said})", "serve one version")
+    for info in infos[:1]:
+        gives = ScorerGives(kind=info.kind, columns=info.columns, gradients=info.offers_gradients, accepts=info.accepts)
+        yield from _scorer(config, index, scorer, gives)
+        if scorer.version not in ("latest", info.version):
+            yield ConfigError(
+                f"{where}.version", f"{scorer.name} is at {info.version}", f"write {info.version} or latest"
+            )
+        if scorer.max_batch > info.max_images:
+            yield ConfigError(f"{where}.max_batch", f"{scorer.name} takes at most {info.max_images} images a request",
+                              f"use {info.max_images} or less")  # fmt: skip
+        alone = {name: gives if name == scorer.name else None for name in (s.name for s in config.scorers)}
+        declared = Declared(None, None, None, alone)
+        yield from _judging_of(config, declared, scorer.name)
+
+
+def _judging_of(config: RunConfig, declared: Declared, name: str) -> Iterator[ConfigError]:
+    if judging_scorer(config) == name:
+        yield from _judging(config, declared)

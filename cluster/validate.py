@@ -1,0 +1,52 @@
+"""Finds every mismatch of a configuration before the first image (law 10), by declarations and headers alone.
+
+`check` needs no cluster and loads no model; built-in plug-ins are not imported, so no torch. `check_scorers_live` asks
+reward servers given by URL; `check_cluster` compares with the resources of a Ray that is up.
+Does not own: unknown keys and wrong types (contracts.config), the checks themselves (checks/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.checks.declared import look_up
+from cluster.checks.inputs import check_inputs, metadata_keys
+from cluster.checks.jury import ask_servers, check_jury, check_metadata
+from cluster.checks.machines import check_machines, check_resources
+from cluster.checks.method import check_method, method_warnings
+from contracts.config import RunConfig
+from contracts.errors import ConfigError, ConfigErrors
+
+
+def check(config: RunConfig) -> list[ConfigError]:
+    """Every mismatch, each with its fields and a way out; empty when the run can start."""
+    declared = look_up(config)
+    return [
+        *declared.errors,
+        *check_method(config, declared),
+        *check_jury(config, declared),
+        *check_metadata(config, declared, metadata_keys(config)),
+        *check_inputs(config, declared),
+        *check_machines(config),
+    ]
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What works but is worth a line before a long run."""
+    return list(method_warnings(config, look_up(config)))
+
+
+def check_cluster(config: RunConfig, resources: Mapping[str, float]) -> list[ConfigError]:
+    """What a live cluster cannot give. resources: ray.cluster_resources()."""
+    return list(check_resources(config, resources))
+
+
+async def check_scorers_live(config: RunConfig) -> list[ConfigError]:
+    """What running reward servers (given by URL) answer otherwise than the configuration expects."""
+    return await ask_servers(config)
+
+
+def refuse(errors: list[ConfigError]) -> None:
+    """Raise ConfigErrors when there are any."""
+    if errors:
+        raise ConfigErrors(errors)
