@@ -1,0 +1,1 @@
+"""Prompt sources, one kind a file: base.py has the contract."""

@@ -1,0 +1,1 @@
+"""Model families, one a file: base.py has the contract."""
