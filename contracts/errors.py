@@ -6,6 +6,9 @@ SalonError
 ├── PayloadError        bytes that break the wire format or a limit
 ├── LedgerError         a transition that the life of a group does not allow
 │   └── StaleLease      the result of an expired or superseded attempt
+├── VaultError          a vault that cannot do what was asked
+│   ├── VaultFull       storing would exceed the vault's bound: wait until a state frees groups (back-pressure)
+│   └── NotStored       bytes that the vault does not hold
 ├── ScoringError        a reward server that cannot be used at all (a failed *score* is an outcome, not an error)
 ├── WeightsError
 │   ├── WeightsNotProven   an actor's live tensors differ from the published version
@@ -77,6 +80,18 @@ class LedgerError(SalonError):
 
 class StaleLease(LedgerError):
     """A result whose fencing token has expired or was superseded; it must be dropped, it is already accounted for."""
+
+
+class VaultError(SalonError):
+    """A vault cannot do what was asked."""
+
+
+class VaultFull(VaultError):
+    """Storing would exceed the vault's bound on disk; nothing was written. Wait until a saved state frees groups."""
+
+
+class NotStored(VaultError):
+    """The vault holds no bytes under that name: never written, deleted, or lost with a disk."""
 
 
 class ScoringError(SalonError):

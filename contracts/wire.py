@@ -70,6 +70,7 @@ class DiscardReason(StrEnum):
     STALE = "stale"  # painted by weights older than the bound allows
     ATTEMPTS = "attempts"  # painting or scoring failed max_attempts times
     RUN_END = "run_end"  # alive when the run reached its last step
+    LOST = "lost"  # the vault's disk lost its bytes: this painting is gone, the group is painted again
     WEIGHT_SYNC = "weight_sync"  # must stay at zero: weights are loaded between groups
 
 
