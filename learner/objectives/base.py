@@ -66,7 +66,7 @@ class ObjectiveContext:
 class ModelHandle:
     """What an objective sees of the network: the policy's arithmetic around the engine's wrapper of the module.
 
-    Stands where policy.replay expects a policy: it offers the same `velocity`.
+    module: what a forward must call (`engine.module`); None: the policy's bare network.
     """
 
     def __init__(self, policy: Policy, module: nn.Module | None = None) -> None:
@@ -80,11 +80,9 @@ class ModelHandle:
         cond: EmbeddingBatch,
         uncond: EmbeddingBatch | None = None,
         guidance_scale: float = 1.0,
-        *,
-        module: nn.Module | None = None,
     ) -> Tensor:
         """fp32 [N,C,h,w] at noise levels s [N]."""
-        return self.policy.velocity(x, s, cond, uncond, guidance_scale, module=module or self.module)
+        return self.policy.velocity(x, s, cond, uncond, guidance_scale, module=self.module)
 
 
 class Objective(ABC, Generic[ConfigT]):

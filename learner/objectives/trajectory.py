@@ -18,7 +18,7 @@ mask takes the current policy instead, and for stale rows alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from learner.objectives.clipped_ratio import (
     kl_estimate,
 )
 from learner.types import LossSum, MicroBatch, StepJob
+
+if TYPE_CHECKING:
+    from policy.samplers.base import StepResult
 
 FieldsT = TypeVar("FieldsT", bound=TrajectoryFields)
 
@@ -91,9 +94,12 @@ class TrajectoryObjective(Objective[FieldsT]):
 
         assert batch.states is not None
         result = replay(
-            cast(Any, model), batch.states, batch.step_indices, batch.sigmas, batch.cond, batch.uncond,
-            self.context.sampler, ks,
+            model.policy, batch.states, batch.step_indices, batch.sigmas, batch.cond, batch.uncond,
+            self.context.sampler, ks, module=model.module,
         )  # fmt: skip
+        return self._replayed(result, batch, ks)
+
+    def _replayed(self, result: StepResult, batch: MicroBatch, ks: slice) -> Replayed:
         rows, num = len(batch.weight), ks.stop - ks.start
         assert result.log_prob_sum is not None, "validate refuses samplers without log-probs"
         return Replayed(
@@ -172,8 +178,9 @@ class TrajectoryObjective(Objective[FieldsT]):
         kl = self._reduce(gaussian_kl(now.mean, batch.prepass["ref_means"][:, ks], now.std))
         if self.config.kl_form == "gaussian":
             return kl
-        index = torch.tensor(batch.step_indices[ks], device=batch.sigmas.device)
-        return kl * (batch.sigmas[index] - batch.sigmas[index + 1]).double()
+        index = torch.tensor(batch.step_indices[ks])
+        levels = batch.sigmas.detach().double().cpu()
+        return kl * (levels[index] - levels[index + 1]).to(kl.device)
 
     def _report(
         self,
