@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from contracts.metrics import CATALOGUE, Metric
-from contracts.scores import Outcome, ScoreTable
+from contracts.scores import ScoreTable
+from reward_servers.client.stats import outcome_counts
 
 _PREFIX = "salon_reward_"
 disable_created_metrics()  # they would be series that the catalogue does not name
@@ -53,16 +53,6 @@ class Telemetry:
 
     def _of(self, name: str, **labels: str) -> Any:
         return self._series[name].labels(scorer=self._scorer, **labels)
-
-
-def outcome_counts(table: ScoreTable) -> dict[str, int]:
-    """Images by outcome name; the first outcome that is not OK speaks for an image."""
-    flat = table.outcomes.reshape(table.num_images, -1)
-    if table.kind == "pair":  # the diagonal says nothing
-        keep = ~np.eye(table.num_images, dtype=bool).repeat(len(table.columns), axis=1)
-        flat = np.where(keep, flat, Outcome.OK)
-    worst = np.where((flat == Outcome.OK).all(axis=1), 0, flat.max(axis=1, initial=0))
-    return {outcome.name.lower(): int((worst == outcome).sum()) for outcome in Outcome if (worst == outcome).any()}
 
 
 def _register(metric: Metric, registry: CollectorRegistry) -> Any:
