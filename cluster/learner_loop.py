@@ -65,9 +65,8 @@ class LearnerLoop:
                 return True
             self._discard_late()
             pipeline, rollout = context.config.pipeline, context.config.rollout
-            ids = context.ledger.claim(
-                rollout.groups_per_step, pipeline.claim_order, context.config.learner.hang_timeout_s
-            )
+            lease_s = 4 * context.config.learner.hang_timeout_s  # values, update and snapshot have one each
+            ids = context.ledger.claim(rollout.groups_per_step, pipeline.claim_order, lease_s)
             claimed.extend(ids or [])
             return bool(ids)
 

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.context import RunContext, Scored
 from cluster.workers import ActorWorker
 from contracts.errors import SalonError, StaleLease, WeightsNotProven
-from contracts.wire import PaintReceipt, PromptTask, Source
+from contracts.wire import DiscardReason, GroupState, PaintReceipt, PromptTask, Source
 
 
 class ActorFleet:
@@ -128,11 +128,11 @@ class RolloutLoop:
     async def _accept(self, name: str, task: PromptTask, receipt: PaintReceipt) -> None:
         telemetry = self.context.telemetry
         try:
-            header = await _value(self.context.vault(receipt.vault).header.remote(task.group_id))
-            self.context.ledger.generated(receipt)
-        except StaleLease:
-            telemetry.event("late_result", actor=name, group=task.group_id, attempt=task.attempt)
+            state = self.context.ledger.generated(receipt)
+        except StaleLease as error:
+            telemetry.event("late_result", actor=name, group=task.group_id, attempt=task.attempt, why=str(error))
             return
+        header = await _value(self.context.vault(receipt.vault).header.remote(task.group_id, task.attempt))
         self.context.groups[task.group_id] = Scored(header)
         telemetry.observe("salon_paint_seconds", receipt.paint_seconds, actor=name)
         telemetry.count("salon_images_painted_total", task.group_size)
@@ -143,6 +143,9 @@ class RolloutLoop:
             telemetry.observe("salon_weight_load_seconds", receipt.proof.load_seconds, actor=name)
             telemetry.event("weights_proven", actor=name, **receipt.proof.model_dump())
         self.context.bell.ring()
+        if state is GroupState.DISCARDED:
+            telemetry.count("salon_images_discarded_total", task.group_size, reason=DiscardReason.STALE.value)
+            return
         await self.on_generated(task.group_id, receipt.vault)
 
     def _failed(self, name: str, task: PromptTask, error: Exception) -> None:

@@ -66,19 +66,19 @@ class ScoringLoop:
         scored = self.context.groups[group_id]
         scored.tables, scored.rewards = tables, group_rewards(scored.header, tables, self.context.config)
         self._export(tables, seconds)
+        reason = discard_reason(scored.header, scored.rewards, self.context.config)
+        rewards = {"values": scored.rewards.values, "valid": scored.rewards.valid, "optional": scored.rewards.optional}
         try:
-            self.context.ledger.scored(group_id, attempt, tables)
-            reason = discard_reason(scored.header, scored.rewards, self.context.config)
-            if reason is not None:
-                self._discard(group_id, reason)
+            self.context.ledger.scored(group_id, attempt, tables, rewards, discard_as=reason)
         except StaleLease:
             self.context.telemetry.event("late_score", group=group_id, attempt=attempt)
+            return
+        if reason is not None:
+            self._count_discarded(group_id, scored.header.group_size, reason)
         self.context.bell.ring()
 
-    def _discard(self, group_id: int, reason: DiscardReason) -> None:
-        group = self.context.groups[group_id].header
-        self.context.ledger.discard(group_id, reason)
-        self.context.telemetry.count("salon_images_discarded_total", group.group_size, reason=reason.value)
+    def _count_discarded(self, group_id: int, images: int, reason: DiscardReason) -> None:
+        self.context.telemetry.count("salon_images_discarded_total", images, reason=reason.value)
         self.context.forget([group_id])
 
     def _export(self, tables: Mapping[str, ScoreTable], seconds: Mapping[str, float]) -> None:

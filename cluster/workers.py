@@ -290,11 +290,13 @@ class ServerHost:
         from reward_servers.client import ServerProcess
 
         assert self.scorer.serve is not None
-        host = "127.0.0.1" if ray.util.get_node_ip_address() == "127.0.0.1" else ray.util.get_node_ip_address()
-        host = host if os.environ.get(self.scorer.token_env) else "127.0.0.1"
-        self.process = ServerProcess(self.scorer.serve, self.scorer.options, host=host, port=self.port)
-        self.process.start()
-        self.port = int(self.process.url.rsplit(":", 1)[1])  # the same address after a restart
+        # Without a token a server listens on loopback alone, which a dispatcher on another node would not reach.
+        host = ray.util.get_node_ip_address() if os.environ.get(self.scorer.token_env) else "127.0.0.1"
+        process = ServerProcess(
+            self.scorer.serve, self.scorer.options, host=host, port=self.port, token_env=self.scorer.token_env
+        )
+        url = process.start()
+        self.process, self.port = process, int(url.rsplit(":", 1)[1])  # the same address after a restart
 
     def _watch(self) -> None:
         while not self.stopping.wait(0.5):
