@@ -80,14 +80,12 @@ class LedgerEndings(LedgerWriter):
         """
         with self._transaction():
             rows = self._select("WHERE live = 1 AND lease_deadline <= ? ORDER BY group_id", (self._now(),))
-            expired: list[tuple[int, GroupState]] = [
-                (row.group_id, row.state) for row in rows if row.state is not GroupState.CLAIMED
-            ]
-            for row in rows:
-                if row.state is not GroupState.CLAIMED:
-                    self._end_lease(row, "expired", counts=True)
-            if any(row.state is GroupState.CLAIMED for row in rows):
-                expired += [(group_id, GroupState.CLAIMED) for group_id in self._release("expired")]
+            leases = [row for row in rows if row.state is not GroupState.CLAIMED]
+            for row in leases:
+                self._end_lease(row, "expired", counts=True)
+            expired: list[tuple[int, GroupState]] = [(row.group_id, row.state) for row in leases]
+            if len(leases) < len(rows):
+                expired.extend((group_id, GroupState.CLAIMED) for group_id in self._release("expired"))
         return expired
 
     def release_claim(self) -> list[int]:

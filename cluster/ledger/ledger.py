@@ -58,8 +58,8 @@ class Ledger(LedgerEndings):
             group_id = self._value("SELECT COALESCE(MAX(group_id) + 1, 0) FROM groups")
             now = self._now()
             self._db.execute(
-                "INSERT INTO groups"
-                " (group_id, source, state, position, group_size, min_version, admitted_at, late_from) VALUES (?, ?, 'admitted', ?, ?, ?, ?, ?)",
+                "INSERT INTO groups (group_id, source, state, position, group_size, min_version, admitted_at,"
+                " late_from) VALUES (?, ?, 'admitted', ?, ?, ?, ?, ?)",
                 (group_id, source.value, position, group_size, min_version, now, now),
             )
             self._db.execute(
