@@ -34,40 +34,6 @@ def replay(
     sample-major: row i * len(ks) + j is sample i at the j-th step of `ks`. Gradients flow when grad mode is on. With
     len(ks) = 1 the forward has the very shape it had in the rollout, which makes the ratio exactly 1 at zero updates.
     """
-    result, _ = _replay(policy, states, step_indices, sigmas, cond, uncond, config, ks, module, features=False)
-    return result
-
-
-def replay_with_features(
-    policy: Policy,
-    states: Tensor,
-    step_indices: Sequence[int],
-    sigmas: Tensor | np.ndarray,
-    cond: EmbeddingBatch,
-    uncond: EmbeddingBatch | None,
-    config: SamplerConfig,
-    ks: slice,
-    module: nn.Module | None = None,
-) -> tuple[StepResult, Tensor]:
-    """`replay` and the pooled hidden states [N*len(ks),F] of the same forward, for a critic on the shared trunk."""
-    result, hidden = _replay(policy, states, step_indices, sigmas, cond, uncond, config, ks, module, features=True)
-    assert hidden is not None
-    return result, hidden
-
-
-def _replay(
-    policy: Policy,
-    states: Tensor,
-    step_indices: Sequence[int],
-    sigmas: Tensor | np.ndarray,
-    cond: EmbeddingBatch,
-    uncond: EmbeddingBatch | None,
-    config: SamplerConfig,
-    ks: slice,
-    module: nn.Module | None,
-    *,
-    features: bool,
-) -> tuple[StepResult, Tensor | None]:
     levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float32)
     picked = range(*ks.indices(len(step_indices)))
     num, steps = len(states), torch.tensor([step_indices[k] for k in picked])
@@ -76,10 +42,5 @@ def _replay(
     s, s_next = levels[steps].repeat(num), levels[steps + 1].repeat(num)
     rows = cond.repeat_rows(len(picked)), uncond.repeat_rows(len(picked)) if uncond is not None else None
     s_device = s.to(policy.device, non_blocking=True)
-    hidden = None
-    if features:
-        v, hidden = policy.features(x, s_device, *rows, config.guidance_scale, module=module)
-    else:
-        v = policy.velocity(x, s_device, *rows, config.guidance_scale, module=module)
-    result = build_sampler(config).step(x, v, s, s_next, next=following, s_max=float(levels[1]))
-    return result, hidden
+    v = policy.velocity(x, s_device, *rows, config.guidance_scale, module=module)
+    return build_sampler(config).step(x, v, s, s_next, next=following, s_max=float(levels[1]))
