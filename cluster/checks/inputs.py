@@ -96,7 +96,7 @@ def _held_out(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
     gives, prompts = declared.prompts, config.prompts
     if gives is None:
         return
-    if not gives.has_held_out:
+    if prompts.source not in _FILE_SOURCES and not gives.has_held_out:
         yield ConfigError(
             "prompts.source, eval", f"{prompts.source} has no held-out prompts to evaluate on",
             "use a source that keeps some back",
@@ -122,12 +122,12 @@ def _runs_dir(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def metadata_keys(config: RunConfig) -> list[str] | None:
-    """Metadata keys of the first prompt of a local JSONL or parquet file; None when that cannot be told."""
+    """Metadata keys of the first prompt of a local JSON-lines or parquet file; None when that cannot be told."""
     path = config.prompts.path
     if path is None or "://" in path or not Path(path).is_file():
         return None
     try:
-        if config.prompts.source == "jsonl":
+        if config.prompts.source in ("jsonl", "pairs"):
             return _keys_of_first_line(Path(path))
         if config.prompts.source == "parquet":
             import pyarrow.parquet

@@ -19,7 +19,6 @@ from contracts.config.scoring import ScorerConfig
 from contracts.declarations import ScorerGives
 from contracts.errors import ConfigError
 from contracts.scores import ScorerInfo
-from contracts.wire import Source
 
 ASK_TIMEOUT_S = 10.0
 
@@ -112,7 +111,7 @@ def _gradient(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
 
 def check_metadata(config: RunConfig, declared: Declared, known: Sequence[str] | None) -> Iterator[ConfigError]:
     """Prompt metadata against what scorers read. known: keys a prompt file was seen to have; None: not seen."""
-    if declared.prompts is None or declared.prompts.source is Source.FILES:
+    if declared.prompts is None:
         return
     offered = {*declared.prompts.metadata_keys, *(known or ())}
     for index, scorer in enumerate(config.scorers):
@@ -121,7 +120,8 @@ def check_metadata(config: RunConfig, declared: Declared, known: Sequence[str] |
         if missing and (known is not None or config.prompts.source in ("playground", "text")):
             yield ConfigError(
                 f"scorers.{index}, prompts.source",
-                f"{scorer.name} reads metadata that {config.prompts.source} does not give: {', '.join(missing)}", _metadata_way_out(missing),
+                f"{scorer.name} reads metadata that {config.prompts.source} does not give: {', '.join(missing)}",
+                _metadata_way_out(missing),
             )  # fmt: skip
 
 

@@ -22,9 +22,15 @@ def check_method(config: RunConfig, declared: Declared) -> Iterator[ConfigError]
         yield from _sampler(config, needs, gives)
     yield from _sources(config, declared, needs)
     yield from _guidance(config, needs)
-    yield from _group(config, needs)
+    yield from _group(config, needs, group_size(config, declared))
     yield from _batches(config, needs)
     yield from _options(config)
+
+
+def group_size(config: RunConfig, declared: Declared) -> int:
+    """Samples of a group: a pair read from files is two, whatever rollout.group_size says."""
+    from_files = declared.prompts is not None and declared.prompts.source is Source.FILES
+    return 2 if from_files else config.rollout.group_size
 
 
 def num_stochastic_steps(config: RunConfig) -> int:
@@ -98,11 +104,6 @@ def _sources(config: RunConfig, declared: Declared, needs: ObjectiveNeeds) -> It
             f"{name} yields samples from files, {config.objective.name} learns from its own",
             f"use a source of prompts ({', '.join(_prompt_sources())}), or objective {' or '.join(able)}",
         )  # fmt: skip
-    if reads_files and needs.unit == "pair" and config.rollout.group_size != 2:
-        yield ConfigError(
-            "rollout.group_size, prompts.source", f"a pair from files has 2 samples, not {config.rollout.group_size}",
-            "set rollout.group_size=2 (and rollout.micro_batch at most 2)",
-        )  # fmt: skip
 
 
 def _takes_files(declares: object) -> bool:
@@ -123,8 +124,7 @@ def _guidance(config: RunConfig, needs: ObjectiveNeeds) -> Iterator[ConfigError]
         )  # fmt: skip
 
 
-def _group(config: RunConfig, needs: ObjectiveNeeds) -> Iterator[ConfigError]:
-    size = config.rollout.group_size
+def _group(config: RunConfig, needs: ObjectiveNeeds, size: int) -> Iterator[ConfigError]:
     relative = needs.unit == "sample" and not (needs.critic or needs.reward_gradient)
     if needs.unit == "pair" and size < 2:
         yield ConfigError("rollout.group_size", f"{config.objective.name} needs pairs: at least 2 samples a group")
@@ -135,7 +135,7 @@ def _group(config: RunConfig, needs: ObjectiveNeeds) -> Iterator[ConfigError]:
         )  # fmt: skip
     if config.reward.min_valid > size:
         yield ConfigError(
-            "reward.min_valid, rollout.group_size", f"a group of {size} never has {config.reward.min_valid} valid samples",
+            "reward.min_valid, rollout.group_size", f"groups of {size} never have {config.reward.min_valid} valid",
             f"set reward.min_valid to {size} or less",
         )  # fmt: skip
     pairs = getattr(config.objective, "pairs_per_group", 0)

@@ -264,7 +264,7 @@ def _weights(scorer: ScorerConfig, columns: Mapping[str, float]) -> Mapping[str,
 
 def _alive(books: Any) -> dict[str, int]:
     """Groups alive by state, of the ledger's books."""
-    states = getattr(books, "groups", None)
+    states = getattr(books, "alive_by_state", None)
     return {str(state): int(number) for state, number in (states or {}).items()}
 
 

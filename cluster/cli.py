@@ -1,0 +1,152 @@
+"""The command line: train, validate, eval, methods, export.
+
+Parses, and imports what a command needs only when it runs, so that --help answers at once. A SalonError becomes one
+message and its exit code (contracts.errors.ExitCode); `--debug` shows the traceback. Anything else is a bug and shows
+its own. Does not own: the work (driver.py, validate.py, evaluate.py, export.py, methods.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from cluster.export import Weights
+    from contracts.config import RunConfig
+    from contracts.errors import ConfigError
+
+KINDS = ("family", "sampler", "objective", "credit", "engine", "scorer", "prompts")
+
+_config = click.argument("config")
+_overrides = click.argument("overrides", nargs=-1, metavar="[a.b=c ...]")
+
+
+class _Salon(click.Group):
+    """Turns a SalonError into one message and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from contracts.errors import SalonError
+
+            if not isinstance(error, SalonError) or ctx.params.get("debug"):
+                raise
+            click.echo(_message(error), err=True)
+            sys.exit(int(error.exit_code))
+
+
+@click.group(cls=_Salon, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks, and the workers' logs here.")
+def main(debug: bool) -> None:
+    """Post-train a text-to-image diffusion transformer with reinforcement learning."""
+    scripts = str(Path(sys.executable).parent)  # ninja stands beside the interpreter; child processes look on the path
+    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    if debug:
+        os.environ["SALON_DEBUG"] = "1"
+
+
+@main.command()
+@_config
+@_overrides
+def train(config: str, overrides: Sequence[str]) -> None:
+    """Train as CONFIG (a YAML file) says; a.b=c overrides a key."""
+    loaded = _load(config, overrides)
+    _refuse(_mismatches(loaded))
+    from cluster.driver import train as run
+
+    sys.exit(int(run(loaded)))
+
+
+@main.command()
+@_config
+@_overrides
+@click.option("--offline", is_flag=True, help="Do not ask reward servers given by URL.")
+def validate(config: str, overrides: Sequence[str], offline: bool) -> None:
+    """List every mismatch of CONFIG, or print the plan of the run. Nothing is started, no model is loaded."""
+    loaded = _load(config, overrides)
+    _refuse(_mismatches(loaded, live=not offline))
+    from cluster.plan import describe
+    from cluster.validate import warnings
+
+    click.echo(describe(loaded, warnings(loaded)))
+
+
+@main.command("eval")
+@click.argument("target", metavar="RUN_OR_MODEL")
+@_overrides
+@click.option(
+    "--config", default="configs/demo.yaml", show_default=True, help="For a model folder: the rest of the run."
+)
+def evaluate(target: str, overrides: Sequence[str], config: str) -> None:
+    """Held-out accuracy of a run's trained weights, or of a diffusers pipeline folder."""
+    from cluster.evaluate import evaluate_target
+
+    evaluate_target(target, overrides=list(overrides), config=config)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A list of rows: kind, name, slugs, paper, file, summary.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only this kind.")
+def methods(as_json: bool, kind: str | None) -> None:
+    """List every method: families, samplers, objectives, credit, engines, scorers, prompt sources."""
+    from cluster import methods as listing
+
+    click.echo(listing.as_json(kind) if as_json else listing.as_text(kind))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--out", help="Folder to write; RUN/export unless given.")
+@click.option("--lora", is_flag=True, help="The adapter alone, as safetensors, instead of a pipeline folder.")
+@click.option(
+    "--weights",
+    type=click.Choice(["sampling", "current", "ema"]),
+    default="sampling",
+    show_default=True,
+    help="sampling: what painted last and was evaluated; current: the newest; ema: learner.ema's average.",
+)
+def export(run: str, out: str | None, lora: bool, weights: Weights) -> None:
+    """Write the trained weights of RUN as files that diffusers loads."""
+    from cluster.export import export_run
+
+    click.echo(export_run(run, out, lora=lora, weights=weights))
+
+
+def _message(error: Exception) -> str:
+    from contracts.errors import ConfigErrors
+
+    if isinstance(error, ConfigErrors):
+        number = len(error.errors)
+        return "\n".join([f"{number} problem{'s' if number != 1 else ''}:", *(f"  {one}" for one in error.errors)])
+    return f"error: {error}"
+
+
+def _load(config: str, overrides: Sequence[str]) -> RunConfig:
+    from contracts.config import load_config
+
+    return load_config(config, overrides)
+
+
+def _mismatches(config: RunConfig, live: bool = True) -> list[ConfigError]:
+    """What does not fit; running reward servers are asked too, unless there are other mismatches already."""
+    from cluster.validate import check, check_scorers_live
+
+    errors = check(config)
+    if live and not errors and any(scorer.urls for scorer in config.scorers):
+        import asyncio
+
+        errors = asyncio.run(check_scorers_live(config))
+    return errors
+
+
+def _refuse(errors: list[ConfigError]) -> None:
+    if errors:
+        from contracts.errors import ConfigErrors
+
+        raise ConfigErrors(errors)
