@@ -88,13 +88,18 @@ def adamw(
 def ensure_adam_state(optimizer: torch.optim.Optimizer) -> None:
     """Create AdamW's zero moments, which torch makes at the first step only."""
     for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            if not optimizer.state[tensor]:
-                optimizer.state[tensor] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(tensor),
-                    "exp_avg_sq": torch.zeros_like(tensor),
-                }
+        create_adam_state(optimizer, group["params"])
+
+
+def create_adam_state(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Zero moments for those of `tensors` that have none."""
+    for tensor in tensors:
+        if not optimizer.state[tensor]:
+            optimizer.state[tensor] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
 
 
 class Engine(ABC):
@@ -172,6 +177,10 @@ class Engine(ABC):
     def local_live(self, name: str) -> Tensor:
         """The tensor whose `.data` this rank's forward reads (under ZeRO-3: gathers from)."""
         return self._named[name]
+
+    def full_live(self, name: str) -> Tensor:
+        """The whole tensor that a forward uses now, in the compute dtype. Collective under ZeRO-3."""
+        return self.local_to_full(name, self.local_live(name).detach())
 
     def local_master(self, name: str) -> Tensor:
         """Values of this rank's piece at the best precision held locally; as many as in `local_live`."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from contracts.config.learner import OptimizerConfig
 from contracts.errors import ConfigError, LearnerError
-from learner.engines.base import Engine, EngineStep, ParamGroup, TensorKind, adamw, ensure_adam_state
+from learner.engines.base import Engine, EngineStep, ParamGroup, TensorKind, adamw, create_adam_state, ensure_adam_state
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -90,7 +90,7 @@ class DeepSpeedEngine(Engine):
         self._deepspeed.backward(loss)
 
     def step(self) -> EngineStep:
-        lr = self._set_lr(self._deepspeed.optimizer)
+        lr = self._set_lr(self._adamw())
         self._deepspeed.step()
         norm = self._base.grad_norm if isinstance(self._base, _ClippingAdamW) else self._zero._global_grad_norm
         grad_norm = float(norm)
@@ -179,6 +179,8 @@ class DeepSpeedEngine(Engine):
 
     def _create_moments(self) -> None:
         ensure_adam_state(self._adamw())
+        if self.stage == 3:  # whose optimizer is lent its pieces only while it steps
+            create_adam_state(self._adamw(), self._zero.fp32_partitioned_groups_flat)
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
             self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -264,9 +266,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
 
