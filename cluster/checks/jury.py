@@ -76,6 +76,8 @@ def _judging(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
         yield ConfigError("eval.scorer", f"no scorer is called {name!r}", f"one of {', '.join(declared.scorers)}")
         return
     gives, column = declared.scorers[name], config.eval.column
+    if next(scorer for scorer in config.scorers if scorer.name == name).function:
+        return  # a function's columns are whatever it answers
     if gives is not None and gives.kind != "point":
         yield ConfigError("eval.scorer", f"{name} answers a {gives.kind} table; accuracy is read from a point table")
     elif gives is not None and column is not None and column not in gives.columns:

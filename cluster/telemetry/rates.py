@@ -60,7 +60,7 @@ def _replicas(scorer: ScorerConfig) -> int:
 
 def gpus_a_replica(scorer: ScorerConfig) -> float:
     """GPUs of one process of this scorer."""
-    return float(getattr(scorer, "gpus", 1.0 if scorer.urls else 0.0))
+    return scorer.gpus if scorer.gpus is not None else float(bool(scorer.urls))
 
 
 class Throughput:

@@ -21,6 +21,9 @@ class ScorerConfig(Section):
         default=None, description="module:function(images, prompts, metadata) -> numbers, called in the dispatcher"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a served scorer's class")
+    gpus: float | None = Field(
+        default=None, ge=0, description="GPUs one of its servers occupies; None: 1 behind a URL, 0 if the run serves it"
+    )
     weights: dict[str, float] = Field(
         default_factory=dict, description="column -> weight in the reward; empty: the first column with weight 1"
     )
