@@ -22,11 +22,11 @@ from cluster.step import (
     group_source,
     make_credit,
     make_job,
-    objective_needs,
     reward_metrics,
     unscored_tables,
 )
 from contracts.config import RunConfig
+from contracts.needs import objective_needs
 from contracts.scores import ScoreTable
 from contracts.wire import GroupHeader, PromptTask, Source, StepReport
 from learner.types import Rewards

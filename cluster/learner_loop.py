@@ -13,8 +13,9 @@ from pathlib import Path
 from cluster.context import RunContext, Scored
 from cluster.learner_group import LearnerGroup
 from cluster.rollout_loop import ActorFleet
-from cluster.step import draft_job, group_rewards, make_credit, make_job, objective_needs, reward_metrics
+from cluster.step import draft_job, group_rewards, make_credit, make_job, reward_metrics
 from contracts.errors import RankLost
+from contracts.needs import objective_needs
 from contracts.wire import DiscardReason, StepReport
 
 

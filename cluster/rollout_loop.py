@@ -21,6 +21,9 @@ from cluster.workers import ActorWorker
 from contracts.errors import SalonError, StaleLease, WeightsNotProven
 from contracts.wire import DiscardReason, GroupState, PaintReceipt, PromptTask, Source
 
+MAX_UNPROVEN = 3
+"""Failed proofs of an actor that stop the run: one broken process is replaced, a broken load cannot be."""
+
 
 class ActorFleet:
     """The rollout actors: created, restarted, offered weights."""
@@ -73,7 +76,7 @@ class RolloutLoop:
     ) -> None:
         self.context, self.fleet, self.on_generated = context, fleet, on_generated
         self.reviving: dict[str, asyncio.Task[None]] = {}
-        self.idle_seconds = 0.0
+        self.unproven: dict[str, int] = {}
 
     async def run(self) -> None:
         """Until the run stops."""
@@ -121,7 +124,7 @@ class RolloutLoop:
             await self._revive(name, kill=isinstance(error, TimeoutError))
             return
         except (RayTaskError, SalonError) as error:
-            self._failed(name, task, error)
+            await self._failed(name, task, error)
             return
         await self._accept(name, task, receipt)
 
@@ -148,16 +151,25 @@ class RolloutLoop:
             return
         await self.on_generated(task.group_id, receipt.vault)
 
-    def _failed(self, name: str, task: PromptTask, error: Exception) -> None:
+    async def _failed(self, name: str, task: PromptTask, error: Exception) -> None:
         cause = getattr(error, "cause", None) or error
+        state = self._give_back(task)
         if isinstance(cause, WeightsNotProven):
-            self.context.telemetry.count("salon_weight_unproven_total", actor=name)
-            self.context.stop(cause)
+            await self._replace_unproven(name, cause)
             return
         self.context.telemetry.event("paint_failed", actor=name, group=task.group_id, error=str(cause))
-        state = self._give_back(task)
         if task.source is not Source.FILES and state == "discarded":
             self.context.stop(cause)
+
+    async def _replace_unproven(self, name: str, cause: WeightsNotProven) -> None:
+        """An actor that cannot prove its weights paints nothing: a new process takes its place, a few times."""
+        self.unproven[name] = self.unproven.get(name, 0) + 1
+        self.context.telemetry.count("salon_weight_unproven_total", actor=name)
+        self.context.telemetry.event("weights_not_proven", actor=name, step=self.context.step, error=str(cause))
+        if self.unproven[name] >= MAX_UNPROVEN:
+            self.context.stop(cause)
+        else:
+            await self._revive(name, kill=True)
 
     def _give_back(self, task: PromptTask) -> str:
         """End the lease early; returns the state the group is in now."""

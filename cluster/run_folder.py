@@ -69,7 +69,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, location: str | Path) -> RunFolder:
-        """The folder of an existing run by path or URL (which is copied here first). Raises ConfigError if there is none."""
+        """An existing run by path, or by URL (copied here first). Raises ConfigError when there is none."""
         text = str(location)
         if "://" not in text:
             folder = cls(Path(text))
@@ -163,7 +163,7 @@ class RunFolder:
         return path
 
     def update_manifest(self, **fields: Any) -> dict[str, Any]:
-        """Set fields of manifest.json (weight_digests, scorer_versions, ...); a mapping is merged into the one there."""
+        """Set fields of manifest.json (weight_digests, scorer_versions, ...); mappings are merged."""
         manifest = json.loads(self.manifest.read_text()) if self.manifest.is_file() else {}
         for key, value in fields.items():
             old = manifest.get(key)
@@ -258,7 +258,7 @@ def _git(project: Path, *arguments: str) -> str | None:
 
 def _new_local(root: Path, config: RunConfig) -> RunFolder:
     try:
-        if root.is_dir() and any(root.iterdir()):
+        if root.is_dir() and _contents(root):
             _refuse_or_clear(root, config)
         root.mkdir(parents=True, exist_ok=True)
         probe = _temporary(root / "probe")
@@ -280,7 +280,16 @@ def _refuse_or_clear(root: Path, config: RunConfig) -> None:
         raise _not_a_run(str(root))
     if _is_running(root):
         raise ConfigError("name", f"run {root} is running", "stop it first, or choose another name")
-    shutil.rmtree(root)
+    for path in _contents(root):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _contents(root: Path) -> list[Path]:
+    """What is in a folder but for stacks/: the processes of the new run may have opened their dump files already."""
+    return [path for path in root.iterdir() if path.name != "stacks"]
 
 
 def _new_mirror(url: str, config: RunConfig) -> RunFolder:

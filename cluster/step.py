@@ -13,7 +13,8 @@ import numpy as np
 
 from contracts import registry
 from contracts.config import RunConfig
-from contracts.declarations import ObjectiveNeeds, PromptsGive
+from contracts.declarations import PromptsGive
+from contracts.needs import objective_needs
 from contracts.scores import ScoreTable, point_table
 from contracts.wire import DiscardReason, GroupHeader, Source
 from learner.credit.rewards import combine, filter_group
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
 
 PREFERENCE = "preference"
 """Name of the table that stands for a pair read from files: sample 0 was chosen over sample 1."""
-
-
-def objective_needs(config: RunConfig) -> ObjectiveNeeds:
-    """What the configured objective declares. An own class without `declares` needs what the defaults say."""
-    declares = registry.resolve("objective", config.objective.name).declares
-    return declares if isinstance(declares, ObjectiveNeeds) else ObjectiveNeeds()
 
 
 def group_source(config: RunConfig) -> Source:

@@ -176,7 +176,7 @@ class GroupStore:
 
     # ---- bounds --------------------------------------------------------------------------------------------------
 
-    def bytes(self) -> dict[str, int]:
+    def bytes_held(self) -> dict[str, int]:
         """Bytes held: on `disk` and decoded in `memory`."""
         with self._space:
             return {"disk": sum(self._sizes.values()), "memory": self._cached_bytes}
@@ -216,7 +216,7 @@ class GroupStore:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise VaultFull(
-                        f"{num_bytes} bytes do not fit: {self.bytes()['disk']} bytes held of "
+                        f"{num_bytes} bytes do not fit: {self.bytes_held()['disk']} bytes held of "
                         f"{self._disk_bytes if self._disk_bytes is not None else 'the disk'}; save a state to free "
                         "trained groups, or give the vault more room"
                     )
@@ -352,8 +352,8 @@ class Vault:
     def stored(self) -> list[tuple[int, int]]:
         return self.store.stored()
 
-    def bytes(self) -> dict[str, int]:
-        return self.store.bytes()
+    def bytes_held(self) -> dict[str, int]:
+        return self.store.bytes_held()
 
     def pid(self) -> int:
         return os.getpid()

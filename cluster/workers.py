@@ -8,7 +8,6 @@ Does not own: who is asked for what (controller.py), where they are placed (plac
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -200,17 +199,10 @@ class RankWorker:
 
         learner_class = registry.import_target(self.target)
         limit_threads(self.config.learner.threads)
-        self._join(world)
         self.learner = learner_class(self.config, self.rank, world, score_gradient=self._score_gradient())
         if state is not None:
             self.learner.load_state(Path(state))
         return {"name": f"learner-{self.rank}", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
-
-    def _join(self, world: int) -> None:
-        if "torch" in sys.modules:
-            from learner.distributed import init_distributed
-
-            init_distributed(self.config, self.rank, world)
 
     def values(self, job: StepJob) -> dict[int, np.ndarray]:
         return self.learner.values(job, self._fetch, self._fetch_embedding)
@@ -237,7 +229,7 @@ class RankWorker:
 
     def _score_gradient(self) -> Any:
         """A synchronous scorer with gradients, for objectives that back-propagate a reward."""
-        from cluster.step import objective_needs
+        from contracts.needs import objective_needs
 
         if not objective_needs(self.config).reward_gradient:
             return None
