@@ -34,6 +34,8 @@ from policy.types import EmbeddingBatch, PromptEmbedding, Trajectory
 from policy.weights import export_arrays, load_arrays
 
 _CACHED_PROMPTS = 256
+_UNPROVEN = -1
+"""The version while weights are in place but not proven: below every task's lowest version, so nothing is painted."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Painter:
         """
         start = time.perf_counter()
         load_arrays(self.policy, arrays, offer.dtypes)
+        self.version = _UNPROVEN
         digest, to_current, to_previous = "not verified", float("nan"), None
         if self.config.weights.verify:
             digest = check_digest(self.policy, offer)

@@ -25,7 +25,7 @@ from policy.types import EmbeddingBatch, PromptEmbedding
 _NETWORK = "transformer"
 _T5_TOKENS = 256
 _TIMESTEPS = 1000.0
-_OPTIONAL = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "feature_extractor")
+_OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
 
 
 class SD3Family(Family):
