@@ -6,6 +6,8 @@ stale (or whose old log-probs are recomputed) add the recorded means, from which
 
 from __future__ import annotations
 
+from typing import Any
+
 from contracts.config import RunConfig
 from contracts.declarations import ObjectiveNeeds
 from contracts.registry import resolve
@@ -16,7 +18,7 @@ def objective_needs(config: RunConfig) -> ObjectiveNeeds:
     resolved = resolve("objective", config.objective.name).declares
     declared = resolved if isinstance(resolved, ObjectiveNeeds) else ObjectiveNeeds()
     snapshots = declared.snapshots
-    if getattr(config.objective, "kl_beta", 0) > 0 and "ref" not in snapshots:
+    if objective_field(config, "kl_beta", 0) > 0 and "ref" not in snapshots:
         snapshots = (*snapshots, "ref")
     means = declared.means or (declared.log_probs and measures_drift(config))
     return declared.model_copy(update={"snapshots": snapshots, "means": means})
@@ -29,5 +31,11 @@ def measures_drift(config: RunConfig) -> bool:
 
 def recomputes_always(config: RunConfig) -> bool:
     """Whether old log-probs are recomputed even for fresh groups."""
-    choice = getattr(config.objective, "old_log_prob", "rollout")
+    choice = objective_field(config, "old_log_prob", "auto")
     return choice == "recompute" or (choice == "auto" and config.model.dtype == "bf16")
+
+
+def objective_field(config: RunConfig, name: str, default: Any) -> Any:
+    """A field of the objective's section; of an own objective, whose fields are its options."""
+    options = getattr(config.objective, "options", {})
+    return getattr(config.objective, name, options.get(name, default))

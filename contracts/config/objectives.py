@@ -22,7 +22,7 @@ class TrajectoryFields(Section):
         default="sd", description="'sd': Flow-GRPO's, which is -ds times the true Gaussian KL; 'gaussian': the true one"
     )
     old_log_prob: Literal["auto", "rollout", "recompute"] = Field(
-        default="auto", description="'auto': recompute in bf16, rollout in fp32"
+        default="auto", description="'auto': recompute in bf16 and in steps with stale groups, else rollout"
     )
     drift_limit_nats: float = Field(
         default=0.1, gt=0, description="steps whose behaviour-to-proximal KL exceeds it are masked (stale groups)"

@@ -26,6 +26,7 @@ class AlignProp(Objective[AlignPropConfig]):
     """Needs rows with prompts, and a scorer that offers dR/d image (context.score_gradient)."""
 
     declares = declared("alignprop")
+    section = AlignPropConfig
 
     def loss(self, model: ModelHandle, batch: MicroBatch, p: int) -> LossSum:
         from policy.rollout import paint_with_gradient

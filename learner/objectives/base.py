@@ -23,11 +23,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from contracts.config import RunConfig
+from contracts.config.base import Section
+from contracts.config.objectives import CustomObjective
 from contracts.config.rollout import SamplerConfig
 from contracts.declarations import ObjectiveNeeds
+from contracts.errors import ConfigError
 from contracts.registry import resolve
 from contracts.scores import ScoreTable
 from learner.types import LossSum, MicroBatch, StepJob
@@ -88,14 +92,26 @@ class ModelHandle:
 class Objective(ABC, Generic[ConfigT]):
     """One training objective. Subclasses set `declares` and implement `loss`; the rest has defaults.
 
-    config: the objective's section (CustomObjective for one's own: options are in config.options).
+    section: the class of its configuration section. An own objective's options are read into it, so that a subclass
+    of a built-in one takes the same fields; with `section` None its config is the CustomObjective as it is.
     """
 
     declares: ClassVar[ObjectiveNeeds]
+    section: ClassVar[type[Section] | None] = None
 
-    def __init__(self, config: ConfigT, context: ObjectiveContext) -> None:
-        self.config = config
+    def __init__(self, config: ConfigT | CustomObjective, context: ObjectiveContext) -> None:
+        self.config = cast(ConfigT, self._read(config))
         self.context = context
+
+    def _read(self, config: Any) -> Any:
+        if self.section is None or not isinstance(config, CustomObjective):
+            return config
+        try:
+            return self.section.model_validate(config.options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"objective.options.{name}", str(first["msg"])) from error
 
     def num_passes(self, batch: MicroBatch) -> int:
         """Forward and backward passes a micro-batch makes; the same for every micro-batch of a step."""

@@ -34,6 +34,7 @@ class DPO(Objective[DPOConfig]):
     """Needs pairs of clean latents and the reference snapshot."""
 
     declares = declared("dpo")
+    section = DPOConfig
 
     def num_passes(self, batch: MicroBatch) -> int:
         return self.config.draws

@@ -14,3 +14,4 @@ class GRPO(TrajectoryObjective[GRPOConfig]):
     """Needs recorded states and log-probs; the reference snapshot with a KL term."""
 
     declares = declared("grpo")
+    section = GRPOConfig

@@ -29,6 +29,7 @@ class NFT(Objective[NFTConfig]):
     """Needs clean latents and the snapshots `old`, and `ref` with a KL term."""
 
     declares = declared("nft")
+    section = NFTConfig
 
     def num_passes(self, batch: MicroBatch) -> int:
         return self.config.draws or max(len(batch.sigmas) - 2, 1)

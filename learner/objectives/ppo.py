@@ -23,6 +23,7 @@ class PPO(TrajectoryObjective[PPOConfig]):
     """Needs recorded states, log-probs and a critic; `model` is a CriticHandle in `loss` and `values`."""
 
     declares = declared("ppo")
+    section = PPOConfig
 
     def values(self, model: ModelHandle, batch: MicroBatch) -> Tensor:
         """fp32 [B,K]: values of the states before each recorded step. Called without gradient, before credit."""

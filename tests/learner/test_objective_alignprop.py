@@ -129,7 +129,7 @@ def test_truncation_at_the_last_step_leaves_the_last_call_alone():
     _, velocities = by_hand(policy, [1, 2], 0)
     noise = [float(torch.randn(1, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
     x_before_last = sum(x - velocity[:-1].sum() / T for x, velocity in zip(noise, velocities, strict=True))
-    torch.testing.assert_close(last, torch.tensor([-x_before_last / T, -2 * (1 / T) / T]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(last, torch.tensor([-float(x_before_last) / T, -2 * (1 / T) / T]), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradient(paint(0, checkpoint=True), policy.module), full, rtol=0, atol=0)
 
 
