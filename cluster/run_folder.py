@@ -356,11 +356,11 @@ def _temporary(path: Path) -> Path:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Changes whenever the file does; a SQLite file also changes in its write-ahead log."""
+    """Changes whenever the file does; a ledger also changes in its write-ahead log (empty while it is only read)."""
     status = path.stat()
     size, changed = status.st_size, status.st_mtime_ns
     log = path.with_name(path.name + "-wal")
-    if path.name == LEDGER and log.exists():
+    if path.name == LEDGER and log.exists() and log.stat().st_size:
         size, changed = size + log.stat().st_size, max(changed, log.stat().st_mtime_ns)
     return changed, size
 

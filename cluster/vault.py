@@ -236,7 +236,10 @@ class GroupStore:
     def _has_room(self, more: int) -> bool:
         if self._disk_bytes is not None and sum(self._sizes.values()) + more > self._disk_bytes:
             return False
-        return more <= 0 or shutil.disk_usage(self.folder).free - more >= self._min_free
+        try:
+            return more <= 0 or shutil.disk_usage(self.folder).free - more >= self._min_free
+        except OSError as error:
+            raise VaultError(f"cannot write in {self.folder}: {error.strerror}") from error
 
     def _remove(self, name: str) -> int:
         (self.folder / name).unlink(missing_ok=True)

@@ -80,8 +80,10 @@ def open_reader(path: Path) -> sqlite3.Connection:
     """A read-only connection, also beside a running writer. Raises LedgerError when there is no ledger."""
     if not path.is_file():
         raise LedgerError(f"there is no ledger at {path}")
+    # Reading a WAL file needs its shared-memory file beside it; where none can be made, nobody writes either.
+    mode = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
     try:
-        db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True, check_same_thread=False)
+        db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True, check_same_thread=False)
         _check_format(db, path)
     except sqlite3.DatabaseError as error:
         raise LedgerError(f"{path} is not a readable ledger: {error}") from error
