@@ -201,6 +201,8 @@ def _refused(refusal: Refusal) -> Response:
     headers: dict[str, Any] = {}
     if refusal.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
+    if refusal.status in (401, 408, 413):
+        headers["Connection"] = "close"  # else the rest of a body that nobody wants would be read to its end
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": refusal.message}, refusal.status, headers)

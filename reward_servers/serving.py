@@ -75,9 +75,10 @@ class RewardServer:
             service.batcher.close()
 
     def stop(self) -> None:
-        """Begin to drain; callable from any thread."""
+        """Begin to drain; callable from any thread, also when it has ended already."""
         if self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._stop.set)
 
     async def _ready(self, service: Service, web: uvicorn.Server) -> bool:
         """Loads while /livez already answers. False when stopped meanwhile."""

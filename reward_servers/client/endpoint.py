@@ -33,8 +33,9 @@ _INFO_BYTES = 64 * 1024
 class AttemptFailed(Exception):
     """Why one exchange brought no table.
 
-    cause: short name for counters; retry: "no" final, "elsewhere" only by another replica, "yes" costs one of max_retries and of the budget, "wait" the
-    server is away or busy, so only the deadline bounds it; blames: counts against the circuit of this URL.
+    cause: short name for counters. retry: "no" final; "elsewhere" by another replica only; "yes" costs one of
+    max_retries and of the budget; "wait" the server is away or busy, so the deadline alone bounds it.
+    blames: counts against the circuit of this URL.
     """
 
     cause: str
@@ -130,14 +131,14 @@ async def _read(response: httpx.Response, limit: int, cut: bool = False) -> byte
         raise AttemptFailed("garbage", "the answer is compressed, which was not asked for")
     declared = response.headers.get("content-length", "")
     if not cut and declared.isdigit() and int(declared) > limit:
-        raise AttemptFailed("garbage", f"an answer of {declared} bytes where at most {limit} can be right")
+        raise AttemptFailed("garbage", f"an answer of {declared} bytes cannot be right (at most {limit})")
     body = bytearray()
     async for chunk in response.aiter_raw(64 * 1024):
         body += chunk
         if len(body) > limit:
             if cut:
                 break
-            raise AttemptFailed("garbage", f"an answer of more than {limit} bytes, which cannot be right")
+            raise AttemptFailed("garbage", f"an answer of more than {limit} bytes cannot be right")
     return bytes(body[:limit])
 
 

@@ -41,6 +41,8 @@ class ClientStats:
 
 def outcome_counts(table: ScoreTable) -> dict[str, int]:
     """Images by outcome name: ok when all its entries are, else the highest code among them."""
+    if table.num_images == 0:
+        return {}
     flat = table.outcomes.reshape(table.num_images, -1)
     if table.kind == "pair":  # the diagonal says nothing
         diagonal = np.eye(table.num_images, dtype=bool).repeat(len(table.columns), axis=1)

@@ -1,0 +1,120 @@
+"""A reward server against a bare call of its scorer, and the binary body against base64 in JSON.
+
+The verifier is served by a process of its own, as in a run; 16 callers ask for 16 images each. The bound is one thread
+that calls the scorer's function on the same batches. Repeats of both are interleaved; a figure is the median with the
+lowest and the highest. On a machine with fewer than two free cores the client takes its share from the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from contracts.codec import decode, encode
+from contracts.config.scoring import ScorerConfig
+from contracts.scores import ScoreRequest
+from playground.world.prompts import held_out_prompts
+from playground.world.render import render
+from playground.world.scenes import sample_scene
+from reward_servers.client import RewardClient, ServerProcess
+from reward_servers.scorers.base import ScoreBatch
+from reward_servers.scorers.playground_verifier import PlaygroundVerifier
+
+CONCURRENCY = 16
+IMAGES = 16
+
+
+def run(repeats: int = 10, rounds: int = 4) -> dict[str, Any]:
+    """images/s of the bare scorer, through the server, and their ratio; milliseconds to pack and unpack 64 images."""
+    specs = held_out_prompts("validation", CONCURRENCY * IMAGES, seed=0)
+    rng = np.random.default_rng(0)
+    images = np.stack([render(sample_scene(spec, rng)) for spec in specs])
+    metadata = [{"playground": spec.to_metadata()} for spec in specs]
+    bare: list[float] = []
+    served: list[float] = []
+    with ServerProcess("playground_verifier", max_batch=64) as server:
+        for _ in range(repeats):
+            bare.append(_bare(images, metadata, rounds))
+            served.append(asyncio.run(_served(server.url, images, metadata, rounds)))
+    ratio = [through / alone for through, alone in zip(served, bare, strict=True)]
+    return {
+        "scoring": {
+            "images_per_second_bare": _spread(bare), "images_per_second_served": _spread(served),
+            "served_over_bare": _spread(ratio), "callers": CONCURRENCY, "images_per_request": IMAGES,
+            "cores": os.cpu_count(),
+        },
+        "encoding": encoding(repeats),
+    }  # fmt: skip
+
+
+def encoding(repeats: int = 10, num: int = 64, size: int = 512) -> dict[str, Any]:
+    """Milliseconds to pack and unpack `num` images of `size` pixels square, and megabytes on the wire, both ways."""
+    images = np.random.default_rng(0).integers(0, 256, (num, size, size, 3), dtype=np.uint8)
+    header = ScoreRequest(request_id="r", prompts=("a prompt",) * num)
+
+    def binary() -> int:
+        blob = encode(header, {"images": images})
+        decode(blob, ScoreRequest)
+        return len(blob)
+
+    def text() -> int:
+        blob = json.dumps({"images": [base64.b64encode(image).decode() for image in images]}).encode()
+        for item in json.loads(blob)["images"]:
+            np.frombuffer(base64.b64decode(item), np.uint8).reshape(size, size, 3)
+        return len(blob)
+
+    rows: dict[str, Any] = {"images": num, "pixels": size * size}
+    times: dict[str, list[float]] = {"binary": [], "base64_json": []}
+    for _ in range(repeats):
+        for name, work in (("binary", binary), ("base64_json", text)):
+            seconds, rows[f"{name}_megabytes"] = _timed(work)
+            times[name].append(1000 * seconds)
+    return rows | {f"{name}_ms": _spread(values) for name, values in times.items()}
+
+
+def _timed(work: Callable[[], int]) -> tuple[float, float]:
+    start = time.perf_counter()
+    num_bytes = work()
+    return time.perf_counter() - start, num_bytes / 1e6
+
+
+def _bare(images: np.ndarray, metadata: list[dict[str, Any]], rounds: int) -> float:
+    scorer = PlaygroundVerifier()
+    start = time.perf_counter()
+    for _ in range(rounds):
+        for first in range(0, len(images), IMAGES):
+            rows = slice(first, first + IMAGES)
+            scorer.score(ScoreBatch(images[rows], ("",) * IMAGES, tuple(metadata[rows])))
+    return rounds * len(images) / (time.perf_counter() - start)
+
+
+async def _served(url: str, images: np.ndarray, metadata: list[dict[str, Any]], rounds: int) -> float:
+    config = ScorerConfig(name="verifier", urls=(url,), max_batch=IMAGES, concurrency=CONCURRENCY)
+    async with RewardClient(config) as client:
+        await client.info()
+
+        async def caller(index: int) -> None:
+            rows = slice(index * IMAGES, (index + 1) * IMAGES)
+            for _ in range(rounds):
+                table = await client.score(images[rows], [""] * IMAGES, metadata[rows])
+                assert table.valid().all(), table.reasons
+
+        start = time.perf_counter()
+        await asyncio.gather(*(caller(index) for index in range(CONCURRENCY)))
+        return rounds * len(images) / (time.perf_counter() - start)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 3), "low": round(min(values), 3), "high": round(max(values), 3)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(), indent=2))
