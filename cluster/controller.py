@@ -60,6 +60,9 @@ from contracts.wire import DiscardReason
 
 log = logging.getLogger("salon.controller")
 
+EVAL_ATTEMPTS = 5
+"""Times a chunk of an evaluation is painted before the run gives up on it."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -265,22 +268,16 @@ class Controller:
         assert context is not None
         plan = plan_evaluation(self.config, context.source, sampling, num_prompts)
         chunks = plan.chunks()
-        free: asyncio.Queue[Any] = asyncio.Queue()
-        for handle in self.fleet.handles.values():
-            free.put_nowait(handle)
+        free: asyncio.Queue[str] = asyncio.Queue()
+        for name in self.fleet.names:
+            free.put_nowait(name)
         finished: list[int] = []
         self.phase_share = 0.0
 
         async def one(chunk: EvalPlan) -> tuple[Any, Any]:
-            handle = await free.get()
-            try:
-                images = handle.paint_images.remote(chunk.prompts, chunk.sampling, chunk.seeds)
-                await _ready(images)
-            finally:
-                free.put_nowait(handle)
-            tables = await self.dispatcher.score_images.remote(
-                images, chunk.prompts, [s.name for s in self.config.scorers]
-            )
+            images = await self._paint_chunk(chunk, free)
+            scorers = [scorer.name for scorer in self.config.scorers]
+            tables = await self.dispatcher.score_images.remote(images, chunk.prompts, scorers)
             finished.append(len(chunk.prompts))
             self.phase_share = sum(finished) / len(plan.prompts)
             return images, tables
@@ -292,6 +289,21 @@ class Controller:
         context.telemetry.gauge("salon_eval_score", result.accuracy, split=self.config.eval.split)
         context.telemetry.event("evaluation", tag=tag, step=context.step, result=evaluation(result))
         return result
+
+    async def _paint_chunk(self, chunk: EvalPlan, free: asyncio.Queue[str]) -> Any:
+        """Reference of a chunk's images, painted by the next free actor; another try when one is lost."""
+        for _ in range(EVAL_ATTEMPTS):
+            name = await free.get()
+            try:
+                paint = self.fleet.handles[name].paint_images.options(num_returns=2)
+                done, images = paint.remote(chunk.prompts, chunk.sampling, chunk.seeds)
+                await _value(done)  # the images stay where they are
+                return images
+            except ray.exceptions.RayActorError:
+                await self.fleet.revive_once(name, kill=False)
+            finally:
+                free.put_nowait(name)
+        raise SalonError(f"an evaluation could not be painted in {EVAL_ATTEMPTS} attempts")
 
     async def _keep_samples(self, results: list[Any], plan: EvalPlan, tag: str) -> None:
         context, wanted = self.context, self.config.eval.samples_to_save
@@ -331,6 +343,8 @@ class Controller:
                 await asyncio.wait_for(_value(host.stop.remote()), 20)
         if self.context is None:
             return
+        for task in self.fleet.reviving.values() if hasattr(self, "fleet") else ():
+            task.cancel()
         with contextlib.suppress(Exception):
             self.ranks.stop()
         for handle in self.fleet.handles.values() if hasattr(self, "fleet") else ():
@@ -379,11 +393,3 @@ class ControllerActor(Controller):
 
 async def _value(ref: Any) -> Any:
     return await ref
-
-
-async def _ready(ref: Any) -> None:
-    """Wait until the value exists (or failed) without bringing it into this process."""
-    while True:
-        done, _ = await asyncio.to_thread(ray.wait, [ref], timeout=0.5, fetch_local=False)
-        if done:
-            return

@@ -101,7 +101,7 @@ class InProcessRun:
         job = make_job(number, self.version, headers, rewards, self.config, self.credit, values)
         report = self.learner.update(job, self._fetch, self._fetch_embedding)
         self.steps = number
-        return report
+        return report.model_copy(update={"metrics": {**job.credit.metrics, **report.metrics}})
 
     def _fetch(self, group_id: int, names: tuple[str, ...], samples: slice) -> Mapping[str, np.ndarray]:
         return {name: self.arrays[group_id][name][samples] for name in names}

@@ -8,6 +8,7 @@ Does not own: the update (learner/), the job (step.py), the books (ledger.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.context import RunContext, Scored
@@ -99,7 +100,7 @@ class LearnerLoop:
         context.telemetry.observe("salon_update_seconds", seconds)
         context.telemetry.phase("learner", "update", seconds)
         await self.publish()
-        self._report(report, groups, staleness, seconds)
+        self._report(report, {**job.credit.metrics, **report.metrics}, groups, staleness, seconds)
         if number % context.config.learner.state_every_steps == 0:
             await self.save()
         context.bell.ring()
@@ -115,7 +116,14 @@ class LearnerLoop:
             tables = context.ledger.tables(group_id)
             context.groups[group_id] = Scored(header, tables, group_rewards(header, tables, context.config))
 
-    def _report(self, report: StepReport, groups: dict[int, Scored], staleness: list[int], seconds: float) -> None:
+    def _report(
+        self,
+        report: StepReport,
+        metrics: Mapping[str, float],
+        groups: dict[int, Scored],
+        staleness: list[int],
+        seconds: float,
+    ) -> None:
         context = self.context
         telemetry = context.telemetry
         images = sum(scored.header.group_size for scored in groups.values())
@@ -125,7 +133,7 @@ class LearnerLoop:
         rewards = reward_metrics({group_id: scored.tables for group_id, scored in groups.items()})
         telemetry.step(
             step=context.step, images=images, seconds=seconds, staleness=staleness, rewards=rewards,
-            metrics=report.metrics, phases=report.seconds, books=context.ledger.books(),
+            metrics=metrics, phases=report.seconds, books=context.ledger.books(),
         )  # fmt: skip
 
     async def save(self) -> None:

@@ -25,6 +25,9 @@ MAX_UNPROVEN = 3
 """Failed proofs of an actor that stop the run: one broken process is replaced, a broken load cannot be."""
 
 
+REVIVE_ATTEMPTS = 20
+
+
 class ActorFleet:
     """The rollout actors: created, restarted, offered weights."""
 
@@ -34,6 +37,7 @@ class ActorFleet:
         self.handles: dict[str, Any] = {}
         self.processes: dict[str, dict[str, Any]] = {}
         self.restarts = 0
+        self.reviving: dict[str, asyncio.Task[None]] = {}
 
     def _create(self, name: str) -> Any:
         rollout = self.context.config.rollout
@@ -59,13 +63,21 @@ class ActorFleet:
         self.context.telemetry.event("actor_restart", actor=name, killed=kill)
         if kill:
             ray.kill(handle, no_restart=False)
-        while not self.context.stopping:
+        for _ in range(REVIVE_ATTEMPTS):
             try:
                 self.processes[name] = await asyncio.wait_for(_value(handle.ready.remote()), 60)
                 await asyncio.wait_for(_value(self.context.store.offer_to(handle)), self.context.store.timeout_s)
                 return
             except (RayActorError, TimeoutError):
                 await asyncio.sleep(1.0)
+        raise SalonError(f"{name} did not come back after {REVIVE_ATTEMPTS} attempts")
+
+    async def revive_once(self, name: str, kill: bool) -> None:
+        """Revive, however many callers lost their call to the same actor."""
+        running = self.reviving.get(name)
+        if running is None or running.done():
+            running = self.reviving[name] = asyncio.create_task(self.revive(name, kill))
+        await asyncio.shield(running)
 
 
 class RolloutLoop:
@@ -75,7 +87,6 @@ class RolloutLoop:
         self, context: RunContext, fleet: ActorFleet, on_generated: Callable[[int, str], Awaitable[None]]
     ) -> None:
         self.context, self.fleet, self.on_generated = context, fleet, on_generated
-        self.reviving: dict[str, asyncio.Task[None]] = {}
         self.unproven: dict[str, int] = {}
 
     async def run(self) -> None:
@@ -121,7 +132,7 @@ class RolloutLoop:
         except (RayActorError, TimeoutError) as error:
             self.context.telemetry.event("paint_lost", actor=name, group=task.group_id, error=type(error).__name__)
             self._give_back(task)
-            await self._revive(name, kill=isinstance(error, TimeoutError))
+            await self.fleet.revive_once(name, kill=isinstance(error, TimeoutError))
             return
         except (RayTaskError, SalonError) as error:
             await self._failed(name, task, error)
@@ -169,7 +180,7 @@ class RolloutLoop:
         if self.unproven[name] >= MAX_UNPROVEN:
             self.context.stop(cause)
         else:
-            await self._revive(name, kill=True)
+            await self.fleet.revive_once(name, kill=True)
 
     def _give_back(self, task: PromptTask) -> str:
         """End the lease early; returns the state the group is in now."""
@@ -179,13 +190,6 @@ class RolloutLoop:
             return "stale"
         finally:
             self.context.bell.ring()
-
-    async def _revive(self, name: str, kill: bool) -> None:
-        """Revive once, however many slots of the actor lost their call."""
-        running = self.reviving.get(name)
-        if running is None or running.done():
-            running = self.reviving[name] = asyncio.create_task(self.fleet.revive(name, kill))
-        await running
 
 
 async def _value(ref: Any) -> Any:

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.context import RunContext
 from cluster.step import discard_reason, group_rewards, unscored_tables
-from contracts.errors import StaleLease
+from contracts.errors import ScoringError, StaleLease
 from contracts.scores import Outcome, ScoreTable
 from contracts.wire import DiscardReason, Source
 
@@ -27,6 +27,7 @@ class ScoringLoop:
     def __init__(self, context: RunContext, dispatcher: Any) -> None:
         self.context, self.dispatcher = context, dispatcher
         self.tasks: set[asyncio.Task[None]] = set()
+        self.unscored = 0  # groups in a row without enough valid scores
 
     async def submit(self, group_id: int, vault: str) -> None:
         """Begin scoring a generated group; returns at once."""
@@ -73,9 +74,24 @@ class ScoringLoop:
         except StaleLease:
             self.context.telemetry.event("late_score", group=group_id, attempt=attempt)
             return
+        self.unscored = self.unscored + 1 if reason is DiscardReason.TOO_FEW_VALID else 0
+        if self.unscored >= self.context.config.reward.max_unscored:
+            self.context.stop(self._jury_failed(tables))
         if reason is not None:
             self._count_discarded(group_id, scored.header.group_size, reason)
         self.context.bell.ring()
+
+    def _jury_failed(self, tables: Mapping[str, ScoreTable]) -> ScoringError:
+        """What to tell the user when no group gets enough valid scores: who fails, and what it says."""
+        failing = [
+            f"{name} ({next((reason for reason in table.reasons if reason), 'no reason given')})"
+            for name, table in tables.items()
+            if not table.valid().any()
+        ]
+        return ScoringError(
+            f"{self.unscored} groups in a row had fewer than {self.context.config.reward.min_valid} valid samples; "
+            f"failing scorers: {', '.join(failing) or 'none alone'}. The run stops instead of painting for nothing"
+        )
 
     def _count_discarded(self, group_id: int, images: int, reason: DiscardReason) -> None:
         self.context.telemetry.count("salon_images_discarded_total", images, reason=reason.value)

@@ -125,11 +125,13 @@ class ActorWorker:
             return self.painter.encode_pair(task)
         return self.painter.denoise(task)
 
-    def paint_images(self, prompts: Sequence[PromptSpec], sampling: EvalSampling, seeds: Sequence[int]) -> np.ndarray:
-        """Images of an evaluation, uint8 [N,H,W,3], under the newest weights."""
+    def paint_images(
+        self, prompts: Sequence[PromptSpec], sampling: EvalSampling, seeds: Sequence[int]
+    ) -> tuple[int, np.ndarray]:
+        """(number, uint8 [N,H,W,3]) of an evaluation's images, under the newest weights. Called with num_returns=2."""
         with self.denoising:
             self._load_pending(0)
-            return self.painter.paint_images(prompts, sampling, seeds)
+            return len(prompts), self.painter.paint_images(prompts, sampling, seeds)
 
     def held_version(self) -> tuple[int, WeightProof | None]:
         """Load what is pending and say which version is held, with its proof if it is new."""

@@ -55,6 +55,9 @@ class RewardConfig(Section):
     min_valid: int = Field(default=2, gt=0, description="valid samples a group needs to be trained")
     drop_zero_variance: bool = True
     lease_s: float = Field(default=300.0, gt=0, description="seconds the scoring of a group may take")
+    max_unscored: int = Field(
+        default=64, gt=0, description="groups in a row without enough valid scores after which the run stops"
+    )
     optional_grace_s: float = Field(
         default=10.0, ge=0, description="seconds optional scorers get after the required ones have answered"
     )

@@ -24,8 +24,12 @@ def run(tiny_model_folder: Path, tmp_path: Path) -> InProcessRun:
 
 @pytest.fixture
 def lora_run(tiny_model_folder: Path, tmp_path: Path) -> InProcessRun:
-    lora = {"path": str(tiny_model_folder), "tuning": "lora", "lora": {"rank": 4, "alpha": 8}}
-    return start_in_process(tiny_config(tiny_model_folder, tmp_path, model=lora, learner__optimizer={"lr": 1e-2}))
+    lora = {"rank": 4, "alpha": 8}
+    return start_in_process(
+        tiny_config(
+            tiny_model_folder, tmp_path, model__tuning="lora", model__lora=lora, learner__optimizer={"lr": 1e-2}
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", ["run", "lora_run"])
