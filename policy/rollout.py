@@ -17,7 +17,6 @@ from contracts.config.rollout import SamplerConfig
 from policy import schedule
 from policy.policy import Policy
 from policy.samplers.base import build_sampler
-from policy.samplers.ode import ODE
 from policy.types import EmbeddingBatch, Trajectory
 
 
@@ -63,7 +62,7 @@ def paint(
     """
     levels = schedule.sigmas(config.steps, config.shift).tolist()
     device_levels = torch.tensor(levels, device=policy.device)
-    sampler, ode = build_sampler(config), ODE(config)
+    sampler, ode = build_sampler(config), build_sampler(config.model_copy(update={"name": "ode"}))
     position = {step: k for k, step in enumerate(step_indices)}
     x = seeded_noise(init_seeds, policy)
     kept = _Record(x, len(step_indices), storage_dtype, record_means) if record and step_indices else None
@@ -113,7 +112,7 @@ def paint_with_gradient(
     """
     levels = schedule.sigmas(config.steps, config.shift).tolist()
     device_levels = torch.tensor(levels, device=policy.device)
-    ode = ODE(config)
+    ode = build_sampler(config.model_copy(update={"name": "ode"}))
 
     def velocity(x: Tensor, s: Tensor) -> Tensor:
         return policy.velocity(x, s, cond, uncond, config.guidance_scale, module=module)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,11 +56,20 @@ class StepResult:
     sqrt_neg_ds: Tensor
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What a step needs of its levels: c_x, c_v, std and sqrt(s - s') as fp32 [4,N] on the CPU; any std of zero?"""
+
+    values: Tensor
+    has_density: bool
+
+
 class Sampler(ABC):
-    """A transition kernel. Stateless: two calls with equal arguments give equal results."""
+    """A transition kernel. Two calls with equal arguments give equal results."""
 
     def __init__(self, config: SamplerConfig) -> None:
         self.config = config
+        self._rows: dict[tuple[float, float, float], _Rows] = {}  # of the schedule's steps, which every rollout repeats
 
     @abstractmethod
     def coefficients(self, s: Tensor, s_next: Tensor, s_max: Tensor) -> Coefficients:
@@ -98,21 +108,37 @@ class Sampler(ABC):
         """
         if (noise is None) == (next is None):
             raise ValueError("a stochastic step takes exactly one of noise and next")
-        levels = [_level(value) for value in (s, s_next, s_next if s_max is None else s_max)]
-        kernel = self.coefficients(*levels)
-        mean, std, sqrt_neg_ds = _apply(kernel, x.detach(), v, levels)
+        rows = self.rows_of(s, s_next, s_next if s_max is None else s_max)
+        mean, std, sqrt_neg_ds = apply_rows(rows, x.detach(), v)
         if next is None:
             assert noise is not None
             next = (mean + std * noise.float()).to(storage_dtype).float()
         next = next.detach().float()
-        has_density = bool((kernel.std > 0).all())
-        log_prob_sum = self.log_density(next - mean, std) if has_density else None
+        log_prob_sum = self.log_density(next - mean, std) if rows.has_density else None
         return StepResult(next, log_prob_sum, x[0].numel(), mean, std, sqrt_neg_ds)
 
+    def rows_of(self, s: Level, s_next: Level, s_max: Level) -> _Rows:
+        """The kernel's numbers for these levels, remembered for plain numbers."""
+        if not (isinstance(s, float) and isinstance(s_next, float) and isinstance(s_max, float)):
+            return self._compute_rows(s, s_next, s_max)
+        key = (s, s_next, s_max)
+        if key not in self._rows:
+            self._rows[key] = self._compute_rows(s, s_next, s_max)
+        return self._rows[key]
 
+    def _compute_rows(self, *given: Level) -> _Rows:
+        s, s_next, s_max = (_level(value) for value in given)
+        kernel = self.coefficients(s, s_next, s_max)
+        sqrt_neg_ds = (s - s_next).clamp_min(0).sqrt()
+        values = torch.stack(torch.broadcast_tensors(kernel.c_x, kernel.c_v, kernel.std, sqrt_neg_ds))
+        return _Rows(values.to(torch.float32), bool((kernel.std > 0).all()))
+
+
+@lru_cache(maxsize=64)
 def build_sampler(config: SamplerConfig) -> Sampler:
-    """The sampler a configuration names. Raises RegistryError or ConfigError."""
-    return resolve("sampler", config.name).load()(config)
+    """The sampler a configuration names, one instance for equal ones. Raises RegistryError or ConfigError."""
+    sampler: Sampler = resolve("sampler", config.name).load()(config)
+    return sampler
 
 
 def _level(value: Level) -> Tensor:
@@ -121,14 +147,11 @@ def _level(value: Level) -> Tensor:
     return torch.tensor([value], dtype=torch.float64)
 
 
-def _apply(kernel: Coefficients, x: Tensor, v: Tensor, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, std, sqrt(s - s')) on x's device in fp32; one copy carries all coefficients there."""
-    sqrt_neg_ds = (levels[0] - levels[1]).clamp_min(0).sqrt()
-    rows = torch.stack(torch.broadcast_tensors(kernel.c_x, kernel.c_v, kernel.std, sqrt_neg_ds))
-    rows = rows.to(torch.float32).to(x.device, non_blocking=True)
-    c_x, c_v, std, sqrt_neg_ds = rows.reshape(4, -1, *[1] * (x.dim() - 1)).unbind(0)
-    mean = x.float() * c_x + v.float() * c_v
-    return mean, std.expand(len(x), *std.shape[1:]), sqrt_neg_ds
+def apply_rows(rows: _Rows, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, std, sqrt(s - s')) on x's device in fp32; one copy carries all numbers there."""
+    values = rows.values.to(x.device, non_blocking=True)
+    c_x, c_v, std, sqrt_neg_ds = values.reshape(4, -1, *[1] * (x.dim() - 1)).unbind(0)
+    return x.float() * c_x + v.float() * c_v, std.expand(len(x), *std.shape[1:]), sqrt_neg_ds
 
 
 def _sum_dims(values: Tensor) -> Tensor:

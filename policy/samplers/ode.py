@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policy.samplers.base import Coefficients, Level, Sampler, StepResult, _apply, _level
+from policy.samplers.base import Coefficients, Level, Sampler, StepResult, apply_rows
 
 
 class ODE(Sampler):
@@ -29,7 +29,5 @@ class ODE(Sampler):
         """The deterministic step; gradients flow through x as well as v. `noise` and `next` are refused."""
         if noise is not None or next is not None:
             raise ValueError("the ODE step is deterministic: it takes neither noise nor next")
-        levels = [_level(s), _level(s_next)]
-        kernel = self.coefficients(levels[0], levels[1], levels[1])
-        mean, std, sqrt_neg_ds = _apply(kernel, x, v, levels)
+        mean, std, sqrt_neg_ds = apply_rows(self.rows_of(s, s_next, s_next), x, v)
         return StepResult(mean.to(storage_dtype).float(), None, x[0].numel(), mean, std, sqrt_neg_ds)

@@ -18,7 +18,7 @@ def small_lora(**changes: object) -> LoraConfig:
 
 
 @pytest.fixture(scope="session")
-def load_policy(tiny_model_folder: Path):  # noqa: ANN201 (a factory)
+def load_policy(tiny_model_folder: Path):
     """load_policy(tuning="lora", seed=0, trainable=True, **model keys) -> Policy of the miniature model."""
 
     def load(tuning: str = "full", seed: int = 0, trainable: bool = True, **keys: object) -> Policy:
@@ -29,7 +29,7 @@ def load_policy(tiny_model_folder: Path):  # noqa: ANN201 (a factory)
 
 
 @pytest.fixture(scope="session")
-def disturb():  # noqa: ANN201 (a function)
+def disturb():
     """disturb(policy, scale): move every trained parameter by seeded noise, so that no adapter is zero."""
 
     def apply(policy: Policy, scale: float = 0.05, seed: int = 0) -> Policy:
