@@ -19,6 +19,7 @@ PIPELINES = {"sd3": "StableDiffusion3Pipeline"}
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _FILE_SOURCES = ("text", "jsonl", "parquet", "pairs")
 _MAX_HEADER = 100 * 2**20
+_NO_PARAMETERS = ("__metadata__", "pos_embed.pos_embed")  # SD3's position table is a buffer
 
 
 def check_inputs(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
@@ -194,7 +195,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _MAX_HEADER)))
-        shapes.update({name: entry["shape"] for name, entry in header.items() if name != "__metadata__"})
+        shapes.update({name: entry["shape"] for name, entry in header.items() if name not in _NO_PARAMETERS})
     return shapes
 
 
