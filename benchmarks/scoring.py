@@ -2,7 +2,8 @@
 
 The verifier is served by a process of its own, as in a run; 16 callers ask for 16 images each. The bound is one thread
 that calls the scorer's function on the same batches. Repeats of both are interleaved; a figure is the median with the
-lowest and the highest. On a machine with fewer than two free cores the client takes its share from the server.
+lowest and the highest. On a machine with fewer than two free cores the client takes its share from the server; the
+ratio of processor seconds (the server's over the bare call's) does not depend on who else is busy.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psutil
 
 from contracts.codec import decode, encode
 from contracts.config.scoring import ScorerConfig
@@ -40,15 +42,21 @@ def run(repeats: int = 10, rounds: int = 4) -> dict[str, Any]:
     metadata = [{"playground": spec.to_metadata()} for spec in specs]
     bare: list[float] = []
     served: list[float] = []
+    processor: list[float] = []
     with ServerProcess("playground_verifier", max_batch=64) as server:
+        process = psutil.Process(server.pid)
         for _ in range(repeats):
+            start = time.process_time()
             bare.append(_bare(images, metadata, rounds))
+            bare_cpu, before = time.process_time() - start, sum(process.cpu_times()[:2])
             served.append(asyncio.run(_served(server.url, images, metadata, rounds)))
+            processor.append((sum(process.cpu_times()[:2]) - before) / bare_cpu)
     ratio = [through / alone for through, alone in zip(served, bare, strict=True)]
     return {
         "scoring": {
             "images_per_second_bare": _spread(bare), "images_per_second_served": _spread(served),
-            "served_over_bare": _spread(ratio), "callers": CONCURRENCY, "images_per_request": IMAGES,
+            "served_over_bare": _spread(ratio), "server_cpu_over_bare_cpu": _spread(processor),
+            "callers": CONCURRENCY, "images_per_request": IMAGES,
             "cores": os.cpu_count(),
         },
         "encoding": encoding(repeats),

@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -38,7 +38,10 @@ from reward_servers.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MEDIA_TYPE = "application/vnd.salon.score"
+_LARGE_BYTES = 2**20
 
 
 class Service:
@@ -97,14 +100,15 @@ class Service:
         """The answer to one request. Raises Refusal."""
         self._admit()
         body = await read_body(request.stream(), request.headers.get("content-length"), self.settings)
-        job = await asyncio.to_thread(parse, body, self.scorer, self.settings)
+        job = await _aside(len(body), lambda: parse(body, self.scorer, self.settings))
         self._admit()
         wait = min(job.header.deadline_s or math.inf, self.settings.max_seconds)
         try:
             futures = self.batcher.submit(job.batches, asyncio.get_running_loop().time() + wait)
         except QueueFull as error:
             raise Refusal(429, str(error), error.retry_after_s) from error
-        table, answer = await asyncio.to_thread(job.answer, await _results(request, futures, wait))
+        tables = await _results(request, futures, wait)
+        table, answer = await _aside(len(body), lambda: job.answer(tables))
         self.telemetry.answered(table)
         return answer
 
@@ -135,6 +139,11 @@ async def _results(request: Request, futures: list[asyncio.Future[ScoreTable]], 
             everything.cancel()
             with suppress(asyncio.CancelledError):
                 await everything
+
+
+async def _aside(num_bytes: int, work: Callable[[], T]) -> T:
+    """Large bodies are unpacked in a thread; for small ones the way there costs more than the work."""
+    return await asyncio.to_thread(work) if num_bytes > _LARGE_BYTES else work()
 
 
 async def _disconnected(request: Request) -> None:

@@ -62,11 +62,16 @@ class RewardServer:
         web = _Uvicorn(config)
         serving = asyncio.create_task(web.serve(sockets=[self.socket]))
         batching = asyncio.create_task(service.batcher.run())
+        for task in (serving, batching):  # neither ends by itself: without one of them there is nothing to serve
+            task.add_done_callback(lambda _: self.stop())
         try:
             if await self._ready(service, web):
                 on_ready(self)
                 await self._stop.wait()
-                await service.batcher.drain(self.settings.drain_seconds)
+                if not batching.done():
+                    await service.batcher.drain(self.settings.drain_seconds)
+                else:
+                    batching.result()
         finally:
             web.should_exit = True
             with contextlib.suppress(asyncio.CancelledError):
@@ -96,9 +101,9 @@ class RewardServer:
             raise
         except Exception as error:
             raise ScoringError(f"scorer {service.scorer.name!r} could not be loaded: {describe(error)}") from error
-        while not web.started:
+        while not web.started and not self._stop.is_set():
             await asyncio.sleep(0.005)
-        return True
+        return web.started
 
 
 def serve(
