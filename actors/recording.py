@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from contracts.config import RunConfig
-from contracts.declarations import ObjectiveNeeds
 from contracts.errors import ConfigError
-from contracts.registry import resolve
+from contracts.needs import objective_needs
 from policy import schedule
 
 
@@ -24,18 +23,12 @@ class Recording:
 
 def decide_recording(config: RunConfig) -> Recording:
     """Raises ConfigError when the objective needs recorded steps and the sampler has none."""
-    needs = resolve("objective", config.objective.name).declares
-    states = isinstance(needs, ObjectiveNeeds) and needs.states
+    needs = objective_needs(config)
+    states = needs.states
     if states and not schedule.stochastic_steps(config.sampler, config.seed, 0):
         raise ConfigError(
             "sampler", f"{config.objective.name} trains on stochastic steps, and this sampler has none",
             "take flow_sde, dance_sde or cps with noise_level > 0 and at least 2 steps",
         )  # fmt: skip
     dtype = torch.bfloat16 if config.rollout.storage_dtype == "bf16" else torch.float32
-    return Recording(states, states and (config.pipeline.max_staleness > 0 or recomputes_old(config)), dtype)
-
-
-def recomputes_old(config: RunConfig) -> bool:
-    """Whether the learner recomputes the old log-prob, so that the behaviour policy's means are of use."""
-    choice = getattr(config.objective, "old_log_prob", "auto")
-    return choice == "recompute" or (choice == "auto" and config.model.dtype == "bf16")
+    return Recording(states, states and needs.means, dtype)
