@@ -56,7 +56,8 @@ def run(repeats: int = 10, steps: int = 12, group_calls: int = 32) -> dict[str, 
     )  # fmt: skip
     try:
         with tempfile.TemporaryDirectory() as folder:
-            vault = Vault.remote(f"{folder}/vault", MEMORY_GROUPS * GROUP_BYTES)
+            actor: Any = Vault
+            vault = actor.remote(f"{folder}/vault", MEMORY_GROUPS * GROUP_BYTES)
             bench = VaultBench(ray, vault, Path(folder), group_calls)
             ledgers = (Path(folder) / f"ledger-{number}.sqlite" for number in itertools.count())
             cases: dict[tuple[str, int, str], Callable[[], float]] = {}

@@ -170,6 +170,8 @@ class Simulation:
     def _train(self) -> None:
         claimed = self._do(self.ledger.claim, self.world.groups_per_step, self.world.order, 3 * LEASE_S)
         if claimed is None:
+            if self.rule.may_admit(self.ledger.live):  # looking for a claim discarded stale groups: there is room again
+                self._act()
             return
         self._check_order(claimed)
         self.learner_busy, life = True, self.learner_life
@@ -219,8 +221,11 @@ class Simulation:
         self._roll_back(self.state_step if self.random.random() < 0.5 else self.ledger.trained_steps)
 
     def _roll_back(self, to_step: int | None = None) -> None:
-        """The learner is rebuilt from its last state, which it publishes at once."""
-        to_step = self.state_step if to_step is None else to_step
+        """The learner is rebuilt from its last state, now and then an older one, which it publishes at once."""
+        if to_step is None:
+            if self.random.random() < 0.25:
+                self.state_step = self.random.randint(0, self.state_step)  # bytes of the steps since may be freed
+            to_step = self.state_step
         self.learner_life += 1
         self.learner_busy = False
         self.rolled_back |= to_step < self.ledger.trained_steps
