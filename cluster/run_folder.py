@@ -61,7 +61,11 @@ class RunFolder:
         cannot be written.
         """
         location = f"{config.runs_dir.rstrip('/')}/{config.name}"
-        folder = _new_mirror(location, config) if "://" in location else _new_local(Path(location), config)
+        folder = (
+            _new_mirror(location, config)
+            if "://" in location
+            else _new_local(Path(location).expanduser().absolute(), config)
+        )
         folder.write_text("config.yaml", to_yaml(config))
         folder.write_json("manifest.json", {"name": config.name, "seed": config.seed, **code_version()})
         folder.sync()
