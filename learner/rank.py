@@ -176,7 +176,7 @@ class RankLearner:
             if not step.finite:
                 raise NonFiniteLoss(self._non_finite_message(index, "the gradient is not finite", attempt))
             self.snapshots.after_update(self.engine.optimizer_steps)
-        sums.add_update(loss, step, attempt)
+        sums.add_update(loss, plan.global_weight, step, attempt)
 
     def _accumulate(self, batches: StepBatches, index: int, plan: UpdatePlan) -> _Attempt:
         """Gradients of one update."""
@@ -334,23 +334,25 @@ class _Attempt:
 
 
 class _Sums:
-    """Metrics of a learner step: the objective's over all updates, the engine's as means over updates."""
+    """Metrics of a learner step over all its updates."""
 
     def __init__(self) -> None:
         self.objective: dict[str, Tensor] = {}
         self._losses: list[float] = []
+        self._weights: list[float] = []
         self._steps: list[EngineStep] = []
 
-    def add_update(self, loss: float, step: EngineStep, attempt: _Attempt) -> None:
+    def add_update(self, loss: float, weight: float, step: EngineStep, attempt: _Attempt) -> None:
         self._losses.append(loss)
+        self._weights.append(weight)
         self._steps.append(step)
         for name, pair in attempt.sums().items():
             self.objective[name] = self.objective[name] + pair if name in self.objective else pair
 
     def of_updates(self) -> dict[str, float]:
-        """loss and grad_norm: means over the step's updates; lr: of the last."""
+        """loss: mean over the rows of all updates; grad_norm: mean over updates; lr: of the last."""
         return {
-            "loss": float(np.mean(self._losses)),
+            "loss": float(np.average(self._losses, weights=self._weights)),
             "grad_norm": float(np.mean([step.grad_norm for step in self._steps])),
             "lr": self._steps[-1].lr,
         }

@@ -69,11 +69,13 @@ class Snapshots:
         try:
             for tensor, replacement in zip(live, held, strict=True):
                 tensor.data = replacement.to(tensor.dtype)  # the very memory in fp32: nothing is copied
+            self._engine.after_swap()
             yield
         finally:
             self._engine.before_swap()
             for tensor, own in zip(live, kept, strict=True):
                 tensor.data = own
+            self._engine.after_swap()
             self._in_use = None
 
     def after_update(self, optimizer_steps: int) -> None:

@@ -195,7 +195,10 @@ class Engine(ABC):
         return full
 
     def before_swap(self) -> None:  # noqa: B027  (most engines have nothing to do)
-        """Called before `local_live` tensors get other data, and before they get their own back."""
+        """Called before `local_live` tensors get other data, and before they get their own back. Collective."""
+
+    def after_swap(self) -> None:  # noqa: B027
+        """Called after each of the two. Collective."""
 
     # -- shared --------------------------------------------------------------------------------------------------
 

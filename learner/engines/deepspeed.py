@@ -5,8 +5,8 @@ Owns the DeepSpeed configuration and the way to its partitioned tensors. What is
 * `managed_gradient_accumulation: false`: any number of backwards, then `step()` is the boundary. An update has as many
   passes as its micro-batches need, which DeepSpeed's fixed gradient_accumulation_steps cannot say.
 * torch's AdamW (`zero_allow_untested_optimizer`) compiles nothing and is the very optimizer of the plain engine.
-* Parameters never stay gathered between forwards under ZeRO-3 (`stage3_param_persistence_threshold: 0`), so the
-  local piece is the one truth that snapshots swap and states write.
+* Under ZeRO-3 parameters below PERSISTENT_ELEMENTS stay gathered between forwards (fetching each bias costs more than
+  it saves): whoever changes pieces releases those before (`before_swap`) and gathers them again (`after_swap`).
 * On a CPU DeepSpeed compiles a small communication op at the first start (40 s, then cached).
 
 Does not own: process groups (learner/distributed.py), canonical files (learner/state.py).
@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,9 @@ from contracts.errors import ConfigError, LearnerError
 from learner.engines.base import Engine, EngineStep, ParamGroup, TensorKind, adamw, create_adam_state, ensure_adam_state
 
 Stage = Literal[0, 1, 2, 3]
+
+PERSISTENT_ELEMENTS = 100_000
+"""DeepSpeed's own default."""
 
 _WAY_OUT = "set learner.engine=plain, or install g++ (Debian: apt-get install g++) and run again"
 
@@ -162,6 +166,10 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             self._zero._partition_all_parameters()
 
+    def after_swap(self) -> None:
+        if self.stage == 3 and self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     @property
@@ -192,8 +200,10 @@ class DeepSpeedEngine(Engine):
         local = self.full_to_local(name, tensor)
         self._zero.set_local_hp_param(local, self._named[name], None if kind == "param" else kind)
         if kind == "param":
-            self.before_swap()
             self.local_live(name).copy_(local)
+            param = self._named[name]
+            if tuple(param.shape) == self._shapes[name]:  # it stays gathered
+                param.copy_(tensor)
 
     def _forget_accumulated(self) -> None:
         """Drop what ZeRO has accumulated beside `.grad`, so that an update can start again."""
@@ -253,7 +263,7 @@ def _settings(stage: int, dtype: str, config: OptimizerConfig, world_size: int) 
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": stage == 2 and torch.cuda.is_available(),
-            "stage3_param_persistence_threshold": 0,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -262,6 +272,9 @@ def _settings(stage: int, dtype: str, config: OptimizerConfig, world_size: int) 
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     os.environ["PATH"] = _path_with_venv()  # ninja stands beside the interpreter; a worker's PATH may lack it
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, one warning each
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find out by itself, with a warning
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

@@ -33,7 +33,7 @@ from tests.learner.learner_harness import (
 LR, STEPS, UPDATES = 1e-3, 2, 2
 INVALID = {0: [0, 3], 1: [1], 4: [0, 1, 2]}  # 5 groups of 4 in fours: one rank has 3 micro-batches, the other 2
 OBJECTIVES: dict[str, dict[str, Any]] = {"grpo": {"name": "grpo", "kl_beta": 0.04}, "nft": {"name": "nft"}}
-TOY_STEPS = 24
+TOY_STEPS = 16
 
 needs_deepspeed = pytest.mark.skipif(not deepspeed_usable()[0], reason=deepspeed_usable()[1])
 ENGINES = [
@@ -53,11 +53,8 @@ def law_config(folder: str, objective: str, engine: dict[str, Any], ranks: int) 
 
 def train_on(rank: int, world: int, folder: str, objective: str, engine: dict[str, Any], painted: Painted) -> Any:
     """Loss and gradient norm of each step, and the weights after all of them."""
-    from learner.engines import deepspeed
     from learner.rank import RankLearner
 
-    torch.set_num_threads(1)
-    deepspeed.PERSISTENT_ELEMENTS = 64  # so that ZeRO-3 really splits this small a model
     config = law_config(folder, objective, engine, world)
     learner = RankLearner(config, rank, world)
     job = job_of(config, painted, seeded_rewards(painted, INVALID))
@@ -105,7 +102,12 @@ def learn_brightness(rank: int, world: int, folder: str, engine: dict[str, Any],
 
 def both_parts(rank: int, world: int, folder: str, engine: dict[str, Any], painted: Painted) -> Any:
     """Everything the law asks of one engine, in one start of its processes."""
+    from learner.engines import deepspeed
+
+    default = deepspeed.PERSISTENT_ELEMENTS
+    deepspeed.PERSISTENT_ELEMENTS = 64  # so that ZeRO-3 really splits this small a model
     trained = {name: train_on(rank, world, folder, name, engine, painted) for name in OBJECTIVES}
+    deepspeed.PERSISTENT_ELEMENTS = default
     gains = [learn_brightness(rank, world, folder, engine, shuffle) for shuffle in (False, True)]
     return trained, gains
 
