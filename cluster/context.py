@@ -73,7 +73,9 @@ class RunContext:
     started: float = field(default_factory=time.monotonic)
     train_started: float | None = None
 
-    def vault(self, name: str) -> Any:
+    def vault(self, name: str | None) -> Any:
+        """A vault's handle; a group that was painted always names one."""
+        assert name is not None, "the group has no vault: it was never painted"
         return self.vaults[name]
 
     def stop(self, failure: BaseException | None = None) -> None:

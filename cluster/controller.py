@@ -60,6 +60,9 @@ from contracts.wire import DiscardReason
 
 log = logging.getLogger("salon.controller")
 
+MIRROR_S = 30.0
+"""Seconds between uploads of a run folder that lives at a URL."""
+
 EVAL_ATTEMPTS = 5
 """Times a chunk of an evaluation is painted before the run gives up on it."""
 
@@ -87,6 +90,7 @@ class Controller:
         self.stop_requested = False
         self.began = time.monotonic()
         self.last_step = 0
+        self.last_mirrored = time.monotonic()
         self.watchdog: Any = None
 
     async def run(self) -> dict[str, Any]:
@@ -219,6 +223,7 @@ class Controller:
                 context.bell.ring()
             self._export_books(context)
             self._feed_watchdog(context)
+            await self._mirror(context)
 
     def _export_books(self, context: RunContext) -> None:
         books = context.ledger.books()
@@ -226,6 +231,12 @@ class Controller:
             context.telemetry.gauge("salon_groups", number, state=str(state))
         context.telemetry.gauge("salon_queue_capacity_groups", context.admission.capacity)
         context.telemetry.refresh_rates()
+
+    async def _mirror(self, context: RunContext) -> None:
+        """Bring a run folder that lives at a URL up to date, now and then."""
+        if context.folder.url is not None and time.monotonic() - self.last_mirrored > MIRROR_S:
+            await asyncio.to_thread(context.folder.sync)
+            self.last_mirrored = time.monotonic()
 
     def _feed_watchdog(self, context: RunContext) -> None:
         if context.step != self.last_step:
@@ -252,7 +263,12 @@ class Controller:
         assert context is not None
         done = 0
         while every is not None:
-            await context.bell.wait_until(lambda done=done: context.stopping or context.step // every > done)
+            due = (done + 1) * every
+
+            def is_due(step: int = due) -> bool:
+                return context.stopping or context.step >= step
+
+            await context.bell.wait_until(is_due)
             if context.stopping:
                 return
             done = context.step // every

@@ -27,7 +27,8 @@ from contracts.wire import GroupHeader, PromptSpec
 class Judge(Protocol):
     """What the dispatcher asks of a scorer's client (reward_servers.client.RewardClient, FunctionScorer)."""
 
-    stats: Any
+    @property
+    def stats(self) -> Any: ...
 
     async def score(
         self,
@@ -35,7 +36,6 @@ class Judge(Protocol):
         prompts: Sequence[str],
         metadata: Sequence[dict[str, Any]],
         *,
-        want_gradients: bool = False,
         deadline_s: float | None = None,
     ) -> ScoreTable: ...
 
