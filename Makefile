@@ -19,7 +19,7 @@ PACKAGES := contracts policy playground actors reward_servers learner cluster
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)  # ninja, for the extension
 # Without g++ DeepSpeed cannot compile its extension: the demo then trains with the plain torch engine.
-HAS_CXX := $(shell command -v g++ >/dev/null 2>&1 && echo yes)
+HAS_CXX := $(shell command -v $${CXX:-g++} >/dev/null 2>&1 && echo yes)
 
 .PHONY: help setup demo test lint format docs bench soak clean
 

@@ -35,20 +35,15 @@ def _deepspeed(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("learner.engine", "deepspeed is not installed", f"{plain}, or run make setup")
         return
     elsewhere = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if config.learner.gpus_per_rank > 0 or elsewhere or extension_is_compiled():
+    if config.learner.gpus_per_rank > 0 or elsewhere:
         return  # NCCL needs no extension; other machines cannot be looked at from here
-    missing = [tool for tool in ("g++", "ninja") if find_tool(tool) is None]
+    compiler = os.environ.get("CXX", "g++")  # needed even where torch has the extension cached: it checks the build
+    missing = [tool for tool in (compiler, "ninja") if find_tool(tool) is None]
     if missing:
         yield ConfigError(
-            "learner.engine", f"DeepSpeed compiles an extension on the CPU and {' and '.join(missing)} is not found",
+            "learner.engine", f"DeepSpeed compiles an extension on the CPU and {' and '.join(missing)} cannot be found",
             f"{plain} (the plain torch engine), or install it and run make setup",
         )  # fmt: skip
-
-
-def extension_is_compiled() -> bool:
-    """Whether torch's cache of extensions holds the one that DeepSpeed's CPU communication loads."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    return next(root.glob("**/deepspeed_shm_comm*.so"), None) is not None
 
 
 def find_tool(name: str) -> str | None:
