@@ -7,6 +7,7 @@ its own. Does not own: the work (driver.py, validate.py, evaluate.py, export.py,
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -83,11 +84,14 @@ def validate(config: str, overrides: Sequence[str], offline: bool) -> None:
 @click.option(
     "--config", default="configs/demo.yaml", show_default=True, help="For a model folder: the rest of the run."
 )
-def evaluate(target: str, overrides: Sequence[str], config: str) -> None:
-    """Held-out accuracy of a run's trained weights, or of a diffusers pipeline folder."""
-    from cluster.evaluate import evaluate_target
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+def evaluate(target: str, overrides: Sequence[str], config: str, as_json: bool) -> None:
+    """Held-out accuracy of a run's trained weights, or of a diffusers pipeline folder, in this process."""
+    from cluster.evaluate_target import as_text, evaluate_target
+    from cluster.summary import evaluation
 
-    evaluate_target(target, overrides=list(overrides), config=config)
+    result = evaluate_target(target, overrides, config)
+    click.echo(json.dumps(evaluation(result), indent=2) if as_json else as_text(result))
 
 
 @main.command()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cluster.run_folder import RunFolder
-from cluster.step import objective_needs
 from contracts.config import RunConfig, load_config
 from contracts.errors import ConfigError
+from contracts.needs import objective_needs
 
 if TYPE_CHECKING:
     from policy.policy import Policy
@@ -68,12 +68,18 @@ def weights_file(folder: RunFolder, config: RunConfig, weights: Weights) -> Path
 
 def load_policy(config: RunConfig, file: Path) -> Policy:
     """The run's policy on the CPU with the weights of a learner state's file."""
-    import torch
-    from safetensors import safe_open
-
     from policy.policy import Policy
 
     policy = Policy.load(config.model.model_copy(update={"device": "cpu"}), config.seed, trainable=False)
+    read_weights(policy, file)
+    return policy
+
+
+def read_weights(policy: Policy, file: Path) -> None:
+    """Copy the weights of a learner state's file into a live policy. Raises ConfigError when they are another's."""
+    import torch
+    from safetensors import safe_open
+
     live = policy.trainable()
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
         missing = set(live) - set(tensors.keys())
@@ -81,4 +87,3 @@ def load_policy(config: RunConfig, file: Path) -> Policy:
             raise ConfigError("model", f"{file} lacks {sorted(missing)[0]}", "it belongs to another model or tuning")
         for name, parameter in live.items():
             parameter.copy_(tensors.get_tensor(name))
-    return policy

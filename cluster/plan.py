@@ -18,6 +18,7 @@ from cluster.checks.method import group_size, num_micro_batches, num_stochastic_
 from cluster.telemetry.rates import count_accelerators, gpus_a_replica
 from contracts.config import RunConfig
 from contracts.declarations import ObjectiveNeeds
+from contracts.needs import objective_needs
 from contracts.wire import Source
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -58,7 +59,7 @@ class RunPlan:
 def make_plan(config: RunConfig) -> RunPlan:
     """The plan of a configuration that `check` found nothing wrong with."""
     declared = look_up(config)
-    needs = declared.objective or ObjectiveNeeds()
+    needs = objective_needs(config)
     size, groups = group_size(config, declared), config.rollout.groups_per_step
     card = read_model_card(Path(config.model.path))
     source = _source(declared, needs)
@@ -102,7 +103,7 @@ def _group_bytes(
         stored += size * card.image[0] * card.image[1] * 3
     if needs.states:
         stored += size * (steps + 1) * latent * _BYTES[config.rollout.storage_dtype] + size * steps * 4
-    if getattr(needs, "means", False) or (needs.log_probs and config.pipeline.max_staleness > 0):
+    if needs.states and needs.means:
         stored += size * steps * latent * 4
     return stored
 
