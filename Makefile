@@ -17,6 +17,7 @@ STAMP := .venv/.salon-setup
 PACKAGES := contracts policy playground actors reward_servers learner cluster
 
 export OMP_NUM_THREADS ?= 1
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 export PATH := $(CURDIR)/.venv/bin:$(PATH)  # ninja, for the extension
 # Without g++ DeepSpeed cannot compile its extension: the demo then trains with the plain torch engine.
 HAS_CXX := $(shell command -v $${CXX:-g++} >/dev/null 2>&1 && echo yes)

@@ -1,7 +1,7 @@
 """Compile the extension that DeepSpeed's CPU communication needs, so that no run waits for it.
 
-torch caches it (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions); a second call takes a second. With CUDA,
-DeepSpeed uses NCCL and needs no extension here.
+torch caches it under TORCH_EXTENSIONS_DIR, which `make` and the command line set to a folder of the environment: torch
+builds again whenever the paths change, so two checkouts must not share it. With CUDA, DeepSpeed uses NCCL instead.
 """
 
 from __future__ import annotations

@@ -46,10 +46,17 @@ class _Salon(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks, and the workers' logs here.")
 def main(debug: bool) -> None:
     """Post-train a text-to-image diffusion transformer with reinforcement learning."""
-    scripts = str(Path(sys.executable).parent)  # ninja stands beside the interpreter; child processes look on the path
-    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    _prepare_environment()
     if debug:
         os.environ["SALON_DEBUG"] = "1"
+
+
+def _prepare_environment() -> None:
+    """What child processes inherit: ninja on the path, and torch's extensions kept with the environment they fit."""
+    scripts = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 @main.command()
