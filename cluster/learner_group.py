@@ -25,6 +25,9 @@ from contracts.errors import LearnerError, RankLost
 from contracts.wire import StepReport, WeightOffer
 from learner.types import StepJob
 
+START_TIMEOUT_S = 600.0
+"""Shortest time ranks have to find room and to load their model; learner.hang_timeout_s where that is longer."""
+
 
 class LearnerGroup:
     """Every rank of the learner."""
@@ -43,16 +46,21 @@ class LearnerGroup:
         self.placement: Any = None
 
     async def start(self, state: Path | None = None) -> None:
-        """Create all ranks, join them in a process group and load `state`. Raises RankLost or LearnerError."""
-        learner = self.config.learner
+        """Create all ranks, join them in a process group and load `state`.
+
+        Raises RankLost when a rank dies or hangs meanwhile, LearnerError when the cluster has no room for them.
+        """
+        learner, limit = self.config.learner, max(START_TIMEOUT_S, self.config.learner.hang_timeout_s)
         bundle = {"CPU": learner.cpus_per_rank, **({"GPU": learner.gpus_per_rank} if learner.gpus_per_rank else {})}
         self.placement = placement_group([bundle] * learner.ranks, strategy="PACK")
-        await _value(self.placement.ready())
+        try:
+            await asyncio.wait_for(_value(self.placement.ready()), limit)
+        except TimeoutError:
+            raise LearnerError(f"no room for {learner.ranks} learner ranks of {bundle} within {limit:.0f} s") from None
         self.ranks = [self._create(rank) for rank in range(learner.ranks)]
-        address, port = await _value(self.ranks[0].rendezvous.remote())
-        self.processes = await self._call_all(
-            "build", address, port, None if state is None else str(state), timeout_s=max(600.0, learner.hang_timeout_s)
-        )
+        address, port = (await self._gather([self.ranks[0].rendezvous.remote()], limit))[0]
+        folder = None if state is None else str(state)
+        self.processes = await self._call_all("build", address, port, folder, timeout_s=limit)
 
     def _create(self, rank: int) -> Any:
         learner = self.config.learner
@@ -67,7 +75,7 @@ class LearnerGroup:
         await self.start(state)
 
     def stop(self) -> None:
-        """End every rank process at once."""
+        """End every rank process, stopped (SIGSTOP) ones too: removing their placement group kills them at once."""
         for rank in self.ranks:
             ray.kill(rank, no_restart=True)
         self.ranks = []
@@ -120,7 +128,7 @@ class LearnerGroup:
         """A dead rank makes its peers fail in their collectives, so any death explains the others' errors."""
         dead = [index for index, error in errors.items() if isinstance(error, RayActorError)]
         if dead:
-            return RankLost(f"learner ranks {dead} died")
+            return RankLost(f"learner ranks {dead} died: {_last_line(errors[dead[0]])}")
         index, error = next(iter(errors.items()))
         cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error
         if isinstance(cause, LearnerError):
@@ -128,6 +136,12 @@ class LearnerGroup:
         if self.config.learner.ranks > 1 and _is_collective_error(cause or error):
             return RankLost(f"learner rank {index} lost its peers: {cause or error}")
         return cause if isinstance(cause, Exception) else LearnerError(f"learner rank {index} failed: {error}")
+
+
+def _last_line(error: BaseException | None) -> str:
+    """Ray's account of a death ends with how the process went."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _is_collective_error(error: BaseException | None) -> bool:

@@ -7,6 +7,7 @@ Does not own: the update (learner/), the job (step.py), the books (ledger.py).
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +29,9 @@ class LearnerLoop:
         self.credit = make_credit(context.config)
         self.needs = objective_needs(context.config)
         self.rebuilds = 0
-        self.state: Path | None = None
+        self.state: Path | None = None  # None: the model folder's own weights, which are those of step 0
         self.state_step = 0
+        self.credit_state = copy.deepcopy(self.credit.state_dict())
         self.max_staleness = 0
 
     async def publish(self) -> None:
@@ -47,9 +49,12 @@ class LearnerLoop:
         context.telemetry.gauge("salon_weight_version", offer.version)
 
     async def run(self) -> None:
-        """Until a limit is reached or the run is stopped."""
-        while not self.context.stopping and not self.context.reached_end():
+        """Until the run is stopped, or a limit is reached and a state covers every step."""
+        while not self.context.stopping:
             try:
+                if self.context.reached_end():
+                    await self.save()
+                    break
                 claimed = await self._claim()
                 if claimed:
                     await self._train(claimed)
@@ -137,11 +142,14 @@ class LearnerLoop:
         )  # fmt: skip
 
     async def save(self) -> None:
-        """Write a state that covers every step so far, then let go of the bytes it makes superfluous."""
+        """Write a state that covers every step so far (if none does), then let go of the bytes it makes superfluous."""
         context, start = self.context, time.monotonic()
+        if self.state is not None and self.state_step == context.step:
+            return
         folder = context.folder.checkpoints / f"step-{context.step:06d}"
         await self.group.save_state(folder)
         older, self.state, self.state_step = self.state, folder, context.step
+        self.credit_state = copy.deepcopy(self.credit.state_dict())
         covered = context.ledger.covered(context.step)
         by_vault: dict[str, list[int]] = {}
         for group_id in covered:
@@ -154,16 +162,42 @@ class LearnerLoop:
         context.telemetry.observe("salon_checkpoint_seconds", seconds)
         context.telemetry.phase("learner", "save_state", seconds)
 
-    async def _rebuild(self, error: RankLost) -> None:
-        """Replace every rank, go back to the last state, and put the groups trained since back to ready."""
-        context = self.context
+    async def _rebuild(self, lost: RankLost) -> None:
+        """Bring the learner back to its last state; once more when a rank is lost meanwhile.
+
+        Raises RankLost when learner.max_rebuilds are used up.
+        """
+        while True:
+            self._count_rebuild(lost)
+            try:
+                await self._start_again()
+                return
+            except RankLost as error:
+                lost = error
+
+    def _count_rebuild(self, lost: RankLost) -> None:
+        telemetry, allowed = self.context.telemetry, self.context.config.learner.max_rebuilds
+        if self.rebuilds >= allowed:
+            raise RankLost(
+                f"{lost}; the run ends here, because learner.max_rebuilds={allowed} rebuilds of the ranks are used up"
+            ) from lost
         self.rebuilds += 1
-        reason = "hang" if "did not answer" in str(error) else "death"
-        context.telemetry.count("salon_learner_rebuilds_total", reason=reason)
-        context.telemetry.event("learner_rebuild", reason=str(error), to_step=self.state_step, number=self.rebuilds)
-        if self.rebuilds > context.config.learner.max_rebuilds:
-            raise error
+        kind = "hang" if "did not answer" in str(lost) else "death"
+        telemetry.count("salon_learner_rebuilds_total", reason=kind)
+        telemetry.event(
+            "learner_rebuild", kind=kind, reason=str(lost), step=self.context.step, to_step=self.state_step,
+            number=self.rebuilds,
+        )  # fmt: skip
+
+    async def _start_again(self) -> None:
+        """Replace every rank, go back to the last state, and put the groups trained since back to ready."""
+        context, start = self.context, time.monotonic()
         await self.group.rebuild(self.state)
-        context.ledger.rollback(self.state_step)
+        self.credit.load_state_dict(copy.deepcopy(self.credit_state))
+        again = context.ledger.rollback(self.state_step)
         context.step = self.state_step
+        context.telemetry.event(
+            "learner_rebuilt", seconds=time.monotonic() - start, step=context.step, rolled_back=again,
+            processes=self.group.processes,
+        )  # fmt: skip
         await self.publish()
