@@ -14,11 +14,13 @@ Does not own: process groups (learner/distributed.py), canonical files (learner/
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,11 +32,17 @@ from torch import Tensor, nn
 from contracts.config.learner import OptimizerConfig
 from contracts.errors import ConfigError, LearnerError
 from learner.engines.base import Engine, EngineStep, ParamGroup, TensorKind, adamw, create_adam_state, ensure_adam_state
+from learner.engines.compiled_op import load_communication_op
 
 Stage = Literal[0, 1, 2, 3]
 
 PERSISTENT_ELEMENTS = 100_000
 """DeepSpeed's own default."""
+
+_COMMUNICATION_OP = "deepspeed_shm_comm"
+_LONGEST_COMPILATION_S = 300.0  # it takes 40 s on an idle core
+
+logger = logging.getLogger(__name__)
 
 _WAY_OUT = "set learner.engine=plain, or install g++ (Debian: apt-get install g++) and run again"
 
@@ -75,6 +83,7 @@ class DeepSpeedEngine(Engine):
         usable, reason = deepspeed_usable()
         if not usable:
             raise DeepSpeedUnavailable(f"the DeepSpeed engine cannot start: {reason}; {_WAY_OUT}")
+        load_communication_op()
         super().__init__(groups, config, world_size)
         self.stage, self.dtype = stage, dtype
         if dtype == "bf16":
@@ -279,8 +288,22 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        _remove_stale_lock()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def _remove_stale_lock() -> None:
+    """Remove the lock that a killed compilation left behind: torch would wait for it without end."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory(_COMMUNICATION_OP, False)) / "lock"
+    with contextlib.suppress(FileNotFoundError):
+        age = time.time() - lock.stat().st_mtime
+        if age > _LONGEST_COMPILATION_S:
+            logger.warning("removing %s, left behind %.0f s ago by a compilation that was killed", lock, age)
+            lock.unlink()
 
 
 def _path_with_venv() -> str:
