@@ -7,18 +7,10 @@ builds again whenever the paths change, so two checkouts must not share it. With
 from __future__ import annotations
 
 import sys
-
-
-def main() -> int:
-    import torch
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    if torch.cuda.is_available():
-        print("CUDA found: DeepSpeed uses NCCL, nothing to compile")
-        return 0
-    ShareMemCommBuilder().load(verbose=False)
-    return 0
-
+from pathlib import Path
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from learner.engines.compiled_op import load_communication_op
+
+    load_communication_op()

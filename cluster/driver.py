@@ -24,9 +24,9 @@ def train(config: RunConfig, show: bool = True) -> ExitCode:
     from cluster.validate import check, check_cluster
 
     _refuse(check(config))
+    started_here = start_ray(config)
     import ray
 
-    started_here = start_ray(config)
     try:
         _refuse(check_cluster(config, ray.cluster_resources()))
         return _follow(config, show)
@@ -42,18 +42,19 @@ def _refuse(errors: list[ConfigError]) -> None:
 
 def start_ray(config: RunConfig) -> bool:
     """Join the cluster of cluster.address or RAY_ADDRESS, or start a local Ray. True if it was started here."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        _ensure_token()  # before Ray is imported: it reads the mode then, and never again
     import ray
 
     if ray.is_initialized():
         return False
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": bool(os.environ.get("SALON_DEBUG")), "logging_level": "WARNING",
     }  # fmt: skip
     if address:
         ray.init(address=address, **options)
         return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-    _ensure_token()
     ray.init(
         num_cpus=config.cluster.num_cpus or local_cpus(config), include_dashboard=False,
         object_store_memory=config.cluster.object_store_mb * 2**20, **options,
