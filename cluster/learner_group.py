@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.host_copies import HostCopies
 from cluster.workers import RankWorker
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
-from contracts.errors import LearnerError, RankLost
+from contracts.errors import LearnerError, RankLost, WeightsError
 from contracts.wire import StepReport, WeightOffer
 from learner.types import StepJob
 
@@ -29,8 +31,23 @@ START_TIMEOUT_S = 600.0
 """Shortest time ranks have to find room and to load their model; learner.hang_timeout_s where that is longer."""
 
 
+MAX_LOST_BROADCASTS = 3
+"""Broadcasts in a row that fail before host copies are given up: each may cost weights.timeout_s."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A snapshot on its way to the actors; arrays are references, the bytes stay in the object stores."""
+
+    offer: WeightOffer
+    canary: np.ndarray
+    arrays: Any
+    on_nodes: dict[str, Any] = field(default_factory=dict)  # by node, where a host copy holds them
+    lost: str = ""  # why host copies could not be filled and the object store carried them
+
+
 class LearnerGroup:
-    """Every rank of the learner."""
+    """Every rank of the learner, and the host copies that rank 0 fills."""
 
     def __init__(
         self,
@@ -44,6 +61,8 @@ class LearnerGroup:
         self.ranks: list[Any] = []
         self.processes: list[dict[str, Any]] = []
         self.placement: Any = None
+        self.copies = HostCopies(config.weights) if config.weights.transport == "collective" else None
+        self.lost_broadcasts = 0
 
     async def start(self, state: Path | None = None) -> None:
         """Create all ranks, join them in a process group and load `state`.
@@ -76,6 +95,8 @@ class LearnerGroup:
 
     def stop(self) -> None:
         """End every rank process, stopped (SIGSTOP) ones too: removing their placement group kills them at once."""
+        if self.copies is not None:
+            self.copies.drop()
         for rank in self.ranks:
             ray.kill(rank, no_restart=True)
         self.ranks = []
@@ -95,12 +116,28 @@ class LearnerGroup:
             merged.update(part)
         return merged
 
-    async def snapshot(self, version: int, step: int) -> tuple[WeightOffer, np.ndarray, Any]:
-        """(offer, canary output, reference of the arrays); the arrays stay in the object store."""
-        refs = [rank.snapshot.options(num_returns=2).remote(version, step) for rank in self.ranks]
+    async def snapshot(self, version: int, step: int, nodes: Sequence[str]) -> Publication:
+        """The weights after `step` as `version`; nodes: where actors will read them."""
+        copies = self.copies if self.lost_broadcasts < MAX_LOST_BROADCASTS else None
+        keep = copies is not None
+        refs = [rank.snapshot.options(num_returns=2).remote(version, step, keep) for rank in self.ranks]
         metas = await self._gather([ref[0] for ref in refs], self.config.learner.hang_timeout_s)
         offer, canary = metas[0]
-        return offer, canary, refs[0][1]
+        if copies is None:
+            return Publication(offer, canary, refs[0][1])
+        try:
+            on_nodes = await copies.fill(self.ranks[0], offer, await _value(refs[0][1]), nodes)
+        except WeightsError as error:
+            self.lost_broadcasts += 1
+            return Publication(offer, canary, await self._kept_arrays(), lost=str(error))
+        self.lost_broadcasts = 0
+        return Publication(offer, canary, next(iter(on_nodes.values())), on_nodes)
+
+    async def _kept_arrays(self) -> Any:
+        """Reference of what the last snapshot kept at rank 0."""
+        number, arrays = self.ranks[0].kept_arrays.options(num_returns=2).remote()
+        await self._gather([number], self.config.learner.hang_timeout_s)
+        return arrays
 
     async def save_state(self, folder: Path) -> None:
         """Write the canonical state; every rank takes part, rank 0 writes."""

@@ -11,9 +11,10 @@ import copy
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster.context import RunContext, Scored
-from cluster.learner_group import LearnerGroup
+from cluster.learner_group import LearnerGroup, Publication
 from cluster.rollout_loop import ActorFleet
 from cluster.step import draft_job, group_rewards, make_credit, make_job, reward_metrics
 from contracts.errors import RankLost
@@ -33,20 +34,31 @@ class LearnerLoop:
         self.state_step = 0
         self.credit_state = copy.deepcopy(self.credit.state_dict())
         self.max_staleness = 0
+        self.copy_processes: list[dict[str, Any]] = []
 
     async def publish(self) -> None:
         """Publish the current (or sampling) weights and offer them to every actor; version v follows step v."""
         start = time.monotonic()
         context = self.context
-        offer, canary, arrays = await self.group.snapshot(context.step, context.step)
-        context.store.add(offer, arrays, canary)
-        context.ledger.published(context.step, offer.version)
+        published = await self.group.snapshot(context.step, context.step, self.fleet.nodes())
+        context.store.add(published.offer, published.arrays, published.canary, published.on_nodes)
+        context.ledger.published(context.step, published.offer.version)
         context.bell.ring()
         await self.fleet.offer_all()
         seconds = time.monotonic() - start
         context.telemetry.observe("salon_weight_publish_seconds", seconds)
         context.telemetry.phase("learner", "publish", seconds)
-        context.telemetry.gauge("salon_weight_version", offer.version)
+        context.telemetry.gauge("salon_weight_version", published.offer.version)
+        self._note_copies(published)
+
+    def _note_copies(self, published: Publication) -> None:
+        """Which processes hold host copies, when they are new; and that there are none, when a broadcast failed."""
+        copies, telemetry = self.group.copies, self.context.telemetry
+        if published.lost:
+            telemetry.event("host_copies_lost", version=published.offer.version, reason=published.lost)
+        if copies is not None and copies.processes != self.copy_processes:
+            self.copy_processes = copies.processes
+            telemetry.event("host_copies", processes=self.copy_processes)
 
     async def run(self) -> None:
         """Until the run is stopped, or a limit is reached and a state covers every step."""
@@ -153,9 +165,11 @@ class LearnerLoop:
         covered = context.ledger.covered(context.step)
         by_vault: dict[str, list[int]] = {}
         for group_id in covered:
-            by_vault.setdefault(context.ledger.row(group_id).vault, []).append(group_id)
-        for vault, ids in by_vault.items():
-            await context.vault(vault).delete.remote(ids)
+            vault = context.ledger.row(group_id).vault
+            assert vault is not None, f"group {group_id} is stored nowhere"
+            by_vault.setdefault(vault, []).append(group_id)
+        for name, ids in by_vault.items():
+            await context.vault(name).delete.remote(ids)
         context.forget(covered)
         context.folder.remove_checkpoint(older)
         seconds = time.monotonic() - start

@@ -52,8 +52,14 @@ class ActorFleet:
 
     async def offer_all(self) -> None:
         """Offer the newest weights to every actor. One that does not take them is left to its own loop."""
-        store = self.context.store
-        await store.wait_acknowledged({name: store.offer_to(handle) for name, handle in self.handles.items()})
+        await self.context.store.wait_acknowledged({name: self._offer(name) for name in self.names})
+
+    def _offer(self, name: str) -> Any:
+        return self.context.store.offer_to(self.handles[name], self.processes[name]["node"])
+
+    def nodes(self) -> list[str]:
+        """The nodes actors are on."""
+        return sorted({process["node"] for process in self.processes.values()})
 
     async def revive(self, name: str, kill: bool) -> None:
         """Bring an actor back after death or a lease that ran out, and offer it the newest weights."""
@@ -66,7 +72,7 @@ class ActorFleet:
         for _ in range(REVIVE_ATTEMPTS):
             try:
                 self.processes[name] = await asyncio.wait_for(_value(handle.ready.remote()), 60)
-                await asyncio.wait_for(_value(self.context.store.offer_to(handle)), self.context.store.timeout_s)
+                await asyncio.wait_for(_value(self._offer(name)), self.context.store.timeout_s)
                 return
             except (RayActorError, TimeoutError):
                 await asyncio.sleep(1.0)

@@ -2,7 +2,8 @@
 
 Invariant: a version's arrays, digest and canary are published together, and an actor that says it holds a version has
 proven it by the digest of its live tensors and by a canary output closer to this version than to the one before.
-The arrays live in the object store, one copy a node, read without copying; this process holds references only.
+The arrays live in the object store, one copy a node, read without copying; this process holds references only. With
+weights.transport `collective` every node has a reference of its own (host_copies.py).
 Does not own: how tensors are exported and loaded (policy/weights.py), when to publish (controller.py).
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class PublishedVersion:
     canary_previous: np.ndarray | None
     published_at: float
     generation: int = 0  # rises when a roll-back makes an older version the newest again
+    on_nodes: Mapping[str, Any] = field(default_factory=dict)  # ObjectRefs by node, where host copies hold the arrays
 
 
 class WeightStore:
@@ -45,21 +47,29 @@ class WeightStore:
     def version(self) -> int:
         return -1 if self.latest is None else self.latest.offer.version
 
-    def add(self, offer: WeightOffer, arrays: Any, canary: np.ndarray) -> PublishedVersion:
-        """Make `offer` the latest version. The previous version's arrays are released with their reference."""
+    def add(
+        self, offer: WeightOffer, arrays: Any, canary: np.ndarray, on_nodes: Mapping[str, Any] | None = None
+    ) -> PublishedVersion:
+        """Make `offer` the latest version. The previous version's arrays are released with their references.
+
+        on_nodes: references of host copies by node; actors anywhere else are offered `arrays`.
+        """
         previous = None
         if self.latest is not None:
             previous = self.latest.canary_current
             self.generation += offer.version <= self.latest.offer.version
-        self.latest = PublishedVersion(offer, arrays, canary, previous, time.time(), self.generation)
+        self.latest = PublishedVersion(
+            offer, arrays, canary, previous, time.time(), self.generation, dict(on_nodes or {})
+        )
         return self.latest
 
-    def offer_to(self, actor: Any) -> Any:
-        """Hand the latest version to one actor; returns the reference of its acknowledgement."""
+    def offer_to(self, actor: Any, node: str) -> Any:
+        """Hand the latest version to one actor on `node`; returns the reference of its acknowledgement."""
         latest = self.latest
         assert latest is not None, "offer_to before the first publication"
+        arrays = latest.on_nodes.get(node, latest.arrays)
         return actor.offer.remote(
-            latest.generation, latest.offer, latest.arrays, latest.canary_current, latest.canary_previous
+            latest.generation, latest.offer, arrays, latest.canary_current, latest.canary_previous
         )
 
     async def wait_acknowledged(self, acknowledgements: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster.host_copies import Sender, describe
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
@@ -176,7 +177,8 @@ class RankWorker:
         self.target = learner
         self.config, self.rank, self.vaults, self.scorers = config, rank, dict(vaults), list(scorers)
         self.learner: Any = None
-        self.group_vault: dict[int, str] = {}
+        self.kept: dict[str, np.ndarray] = {}
+        self.sender: Sender | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this rank's node, for rank 0."""
@@ -212,12 +214,38 @@ class RankWorker:
     def update(self, job: StepJob) -> StepReport:
         return self.learner.update(job, self._fetch, self._fetch_embedding)
 
-    def snapshot(self, version: int, step: int) -> tuple[Any, Any]:
-        """((offer, canary), arrays) on rank 0, (None, None) elsewhere. Called with num_returns=2."""
+    def snapshot(self, version: int, step: int, keep: bool = False) -> tuple[Any, Any]:
+        """((offer, canary), arrays) on rank 0, (None, None) elsewhere. Called with num_returns=2.
+
+        keep: the arrays stay here for `send`, and their description is returned in their place.
+        """
         published = self.learner.snapshot(version, step)
         if published is None:
             return None, None
-        return (published.offer, published.canary_current), published.arrays
+        meta = (published.offer, published.canary_current)
+        if not keep:
+            return meta, published.arrays
+        self.kept = published.arrays
+        return meta, describe(self.kept)
+
+    def listen(self, timeout_s: float, backend: str) -> tuple[str, int, str]:
+        """Begin a channel to host copies; returns where they find it (Sender.address)."""
+        self.sender = Sender(timeout_s, backend)
+        return self.sender.address()
+
+    def connect(self, num_copies: int) -> None:
+        """Wait until all host copies have joined the channel."""
+        assert self.sender is not None, "connect before listen"
+        self.sender.connect(num_copies)
+
+    def send(self) -> int:
+        """Broadcast what the last snapshot kept; returns the bytes sent to each node."""
+        assert self.sender is not None, "send before listen"
+        return self.sender.send(self.kept)
+
+    def kept_arrays(self) -> tuple[int, dict[str, np.ndarray]]:
+        """(number, arrays) of the last snapshot, by the object store after all. Called with num_returns=2."""
+        return len(self.kept), self.kept
 
     def save_state(self, folder: str) -> None:
         self.learner.save_state(Path(folder))

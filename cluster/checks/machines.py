@@ -20,6 +20,7 @@ def check_machines(config: RunConfig) -> Iterator[ConfigError]:
     yield from _deepspeed(config)
     yield from _precision(config)
     yield from _devices(config)
+    yield from _broadcast(config)
     yield from _local_ray(config)
     for name in config.telemetry.sinks:
         error = missing_sink(name)
@@ -79,6 +80,15 @@ def _devices(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("learner.gpus_per_rank", "ranks that share a GPU cannot use NCCL", "set it to 1")
     if config.rollout.gpus_per_actor > 1:
         yield ConfigError("rollout.gpus_per_actor", "an actor uses one GPU", "set it to 1 and raise rollout.actors")
+
+
+def _broadcast(config: RunConfig) -> Iterator[ConfigError]:
+    weights = config.weights
+    if weights.transport != "collective" or weights.backend != "nccl":
+        return
+    if not config.learner.gpus_per_rank or not config.rollout.gpus_per_actor:
+        yield ConfigError("weights.backend", "nccl moves weights between GPUs, and ranks or actors have none",
+                          "set weights.backend=gloo")  # fmt: skip
 
 
 def _local_ray(config: RunConfig) -> Iterator[ConfigError]:

@@ -73,6 +73,9 @@ class WeightsConfig(Section):
     transport: Literal["object_store", "collective"] = Field(
         default="object_store", description="'collective': gloo or NCCL fills one host copy a node (full weights)"
     )
+    backend: Literal["gloo", "nccl"] = Field(
+        default="gloo", description="of 'collective': host to host, or GPU to GPU and then to the host"
+    )
     timeout_s: float = Field(default=120.0, gt=0)
     verify: bool = Field(default=True, description="digest and canary after every load (law 5)")
 
