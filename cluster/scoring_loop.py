@@ -1,13 +1,14 @@
 """Takes painted groups to the jury and books what it says: ready, or discarded with a reason.
 
 Invariant: every generated group ends its scoring lease as ready or discarded; a dispatcher that dies costs a repeated
-request, never a score.
+request, never a score. A run whose groups are all discarded stops and says why.
 Does not own: the requests (scoring.py), rewards (learner/credit).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ class ScoringLoop:
         self.context, self.dispatcher = context, dispatcher
         self.tasks: set[asyncio.Task[None]] = set()
         self.unscored = 0  # groups in a row without enough valid scores
+        self.fruitless: Counter[DiscardReason] = Counter()  # groups in a row that were discarded, by reason
 
     async def submit(self, group_id: int, vault: str) -> None:
         """Begin scoring a generated group; returns at once."""
@@ -74,12 +76,31 @@ class ScoringLoop:
         except StaleLease:
             self.context.telemetry.event("late_score", group=group_id, attempt=attempt)
             return
-        self.unscored = self.unscored + 1 if reason is DiscardReason.TOO_FEW_VALID else 0
-        if self.unscored >= self.context.config.reward.max_unscored:
-            self.context.stop(self._jury_failed(tables))
+        self._stop_if_hopeless(reason, tables)
         if reason is not None:
             self._count_discarded(group_id, scored.header.group_size, reason)
         self.context.bell.ring()
+
+    def _stop_if_hopeless(self, reason: DiscardReason | None, tables: Mapping[str, ScoreTable]) -> None:
+        """A run that discards group after group would paint for ever without one learner step."""
+        limits = self.context.config.reward
+        self.unscored = self.unscored + 1 if reason is DiscardReason.TOO_FEW_VALID else 0
+        if reason is None:
+            self.fruitless.clear()
+        else:
+            self.fruitless[reason] += 1
+        if self.unscored >= limits.max_unscored:
+            self.context.stop(self._jury_failed(tables))
+        elif self.fruitless.total() >= limits.max_fruitless:
+            self.context.stop(self._nothing_to_learn())
+
+    def _nothing_to_learn(self) -> ScoringError:
+        reasons = ", ".join(f"{reason.value} {number}" for reason, number in self.fruitless.most_common())
+        return ScoringError(
+            f"{self.fruitless.total()} groups in a row were discarded ({reasons}), so there is nothing to learn from: "
+            "zero_variance and no_pair mean that the reward tells no image of a group from another. The run stops "
+            "instead of painting for nothing; reward.max_fruitless sets how long it tries"
+        )
 
     def _jury_failed(self, tables: Mapping[str, ScoreTable]) -> ScoringError:
         """What to tell the user when no group gets enough valid scores: who fails, and what it says."""

@@ -58,6 +58,9 @@ class RewardConfig(Section):
     max_unscored: int = Field(
         default=64, gt=0, description="groups in a row without enough valid scores after which the run stops"
     )
+    max_fruitless: int = Field(
+        default=512, gt=0, description="groups in a row discarded for whatever reason after which the run stops"
+    )
     optional_grace_s: float = Field(
         default=10.0, ge=0, description="seconds optional scorers get after the required ones have answered"
     )
