@@ -40,6 +40,7 @@ from cluster.evaluate import (
 from cluster.learner_group import LearnerGroup
 from cluster.learner_loop import LearnerLoop
 from cluster.ledger import Ledger
+from cluster.observed import export_observed
 from cluster.rollout_loop import ActorFleet, RolloutLoop
 from cluster.run_folder import RunFolder
 from cluster.scoring import Dispatcher
@@ -59,6 +60,9 @@ from contracts.errors import RankLost, SalonError
 from contracts.wire import DiscardReason
 
 log = logging.getLogger("salon.controller")
+
+OBSERVE_S = 5.0
+"""Seconds between rounds over what nobody reports unasked."""
 
 MIRROR_S = 30.0
 """Seconds between uploads of a run folder that lives at a URL."""
@@ -90,7 +94,7 @@ class Controller:
         self.stop_requested = False
         self.began = time.monotonic()
         self.last_step = 0
-        self.last_mirrored = time.monotonic()
+        self.last_mirrored = self.last_observed = time.monotonic()
         self.watchdog: Any = None
 
     async def run(self) -> dict[str, Any]:
@@ -132,8 +136,7 @@ class Controller:
         self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
         self.learner = LearnerLoop(self.context, self.ranks, self.fleet)
         await self.learner.publish()
-        processes = [*self.fleet.processes.values(), *self.ranks.processes, *self.server_processes]
-        telemetry.event("started", seconds=time.monotonic() - self.began, processes=processes)
+        telemetry.event("started", seconds=time.monotonic() - self.began, processes=self._processes())
         self.watchdog = self._start_watchdog(folder)
 
     def _start_watchdog(self, folder: RunFolder) -> Watchdog:
@@ -164,7 +167,7 @@ class Controller:
             if scorer.serve is None:
                 resolved.append(scorer)
                 continue
-            host = ServerHost.options(num_cpus=0).remote(scorer)
+            host = ServerHost.options(num_cpus=0, num_gpus=scorer.gpus or 0).remote(scorer)
             self.hosts.append(host)
             url = await _value(host.start.remote())
             self.server_processes.append(await _value(host.info.remote()))
@@ -224,6 +227,7 @@ class Controller:
             self._export_books(context)
             self._feed_watchdog(context)
             await self._mirror(context)
+            await self._observe(context)
 
     def _export_books(self, context: RunContext) -> None:
         books = context.ledger.books()
@@ -237,6 +241,16 @@ class Controller:
         if context.folder.url is not None and time.monotonic() - self.last_mirrored > MIRROR_S:
             await asyncio.to_thread(context.folder.sync)
             self.last_mirrored = time.monotonic()
+
+    async def _observe(self, context: RunContext) -> None:
+        if time.monotonic() - self.last_observed > OBSERVE_S:
+            self.last_observed = time.monotonic()
+            await export_observed(context, self.dispatcher, self._processes())
+
+    def _processes(self) -> list[dict[str, Any]]:
+        """Name, pid and node of every process of the run that is known by pid."""
+        controller = {"name": "controller", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+        return [controller, *self.fleet.processes.values(), *self.ranks.processes, *self.server_processes]
 
     def _feed_watchdog(self, context: RunContext) -> None:
         if context.step != self.last_step:
