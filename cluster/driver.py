@@ -69,9 +69,15 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     """
     threads = str(max(config.rollout.threads, config.learner.threads))
     kept = {name: os.environ[name] for name in {s.token_env for s in config.scorers} if name in os.environ}
-    path = {} if in_job() else {"PYTHONPATH": os.getcwd()}
+    path = {} if in_job() else {"PYTHONPATH": _import_path()}
     stacks = {"SALON_STACKS": f"{config.runs_dir}/{config.name}/stacks"} if "://" not in config.runs_dir else {}
     return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **path, **stacks, **kept}
+
+
+def _import_path() -> str:
+    """Where workers look for modules: the user's working directory, Salon's own root, what was set already."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(dict.fromkeys([os.getcwd(), root, *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
 def in_job() -> bool:

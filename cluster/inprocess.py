@@ -23,6 +23,7 @@ from cluster.step import (
     make_credit,
     make_job,
     reward_metrics,
+    unpainted_group,
     unscored_tables,
 )
 from contracts.config import RunConfig
@@ -119,6 +120,8 @@ def paint_group(painter: Any, task: PromptTask) -> Any:
     """One group through the painter, whichever its source."""
     if task.source is Source.FILES:
         return painter.encode_pair(task)
+    if task.source is Source.LEARNER:
+        return unpainted_group(task, painter.version)
     return painter.finish(painter.denoise(task))
 
 

@@ -14,14 +14,16 @@ import numpy as np
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.declarations import PromptsGive
+from contracts.digests import digest_text
 from contracts.needs import objective_needs
 from contracts.scores import ScoreTable, point_table
-from contracts.wire import DiscardReason, GroupHeader, Source
+from contracts.wire import DiscardReason, GroupHeader, PromptTask, Source
 from learner.credit.rewards import combine, filter_group
 from learner.plan import plan_updates
 from learner.types import Credit, CreditBatch, Rewards, StepJob
 
 if TYPE_CHECKING:
+    from actors.painter import PaintedGroup
     from learner.credit.base import CreditEntry
 
 PREFERENCE = "preference"
@@ -35,6 +37,17 @@ def group_source(config: RunConfig) -> Source:
         return Source.LEARNER
     declares = registry.resolve("prompts", config.prompts.source).declares
     return declares.source if isinstance(declares, PromptsGive) else Source.ACTORS
+
+
+def unpainted_group(task: PromptTask, version: int) -> PaintedGroup:
+    """A group that the learner will paint itself, with gradient, inside its update: a prompt and no samples."""
+    from actors.painter import PaintedGroup
+
+    header = GroupHeader(
+        group_id=task.group_id, attempt=task.attempt, prompt=task.prompt, group_size=task.group_size,
+        weight_version=version, source=Source.LEARNER, prompt_digest=digest_text(task.prompt.text),
+    )  # fmt: skip
+    return PaintedGroup(header, {}, {})
 
 
 def unscored_tables(header: GroupHeader) -> dict[str, ScoreTable]:

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 
 from cluster.host_copies import Sender, describe
+from cluster.step import unpainted_group
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
@@ -104,7 +105,7 @@ class ActorWorker:
         return offer.version
 
     def paint(self, task: PromptTask) -> PaintReceipt:
-        """Paint (or encode) one group, store it and acknowledge."""
+        """Paint (or encode, or leave to the learner) one group, store it and acknowledge."""
         with self.denoising:
             waited = self._load_pending(task.min_version)
             start = time.perf_counter()
@@ -112,7 +113,7 @@ class ActorWorker:
             painted_seconds = time.perf_counter() - start
             version = self.version
             proof, self.new_proof = self.new_proof, None
-        group = self.painter.finish(unfinished) if task.source is not Source.FILES else unfinished
+        group = self.painter.finish(unfinished) if task.source is Source.ACTORS else unfinished
         start = time.perf_counter()
         num_bytes, vault = self._store(group)
         return PaintReceipt(
@@ -124,6 +125,8 @@ class ActorWorker:
     def _begin(self, task: PromptTask) -> Any:
         if task.source is Source.FILES:
             return self.painter.encode_pair(task)
+        if task.source is Source.LEARNER:
+            return unpainted_group(task, self.version)
         return self.painter.denoise(task)
 
     def paint_images(

@@ -19,6 +19,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "nft": {"name": "nft", "draws": 2},
     "ppo": {"name": "ppo", "clip_range": 1e-3},
     "dpo": {"name": "dpo", "beta": 100.0},
+    "alignprop": {"name": "alignprop", "loss_coeff": 100.0, "truncation": "fixed"},
 }
 
 
