@@ -139,7 +139,9 @@ def _result(reference: Any) -> dict[str, Any]:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
+        cause: BaseException = error
+        while isinstance(cause, ray.exceptions.RayTaskError):  # one layer for each actor it passed through
+            cause = cause.cause
         if isinstance(cause, SalonError):
             raise cause from None
         raise

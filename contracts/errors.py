@@ -53,6 +53,9 @@ class ConfigError(SalonError):
         self.field, self.problem, self.way_out = field, problem, way_out
         super().__init__(f"{field}: {problem}" + (f" — {way_out}" if way_out else ""))
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.field, self.problem, self.way_out)  # it crosses processes
+
 
 class ConfigErrors(SalonError):
     """Several ConfigErrors at once, so that one validation shows every mismatch."""
@@ -62,6 +65,9 @@ class ConfigErrors(SalonError):
     def __init__(self, errors: list[ConfigError]) -> None:
         self.errors = errors
         super().__init__("\n".join(str(error) for error in errors))
+
+    def __reduce__(self) -> tuple[type, tuple[list[ConfigError]]]:
+        return type(self), (self.errors,)
 
 
 class RegistryError(SalonError):

@@ -38,6 +38,13 @@ class Brightness(Scorer):
     def score(self, batch):
         return self.table(self.scale * batch.images.mean(axis=(1, 2, 3)))
 """,
+    "unloaded.py": """
+from my_scorers import Brightness
+
+class Heavy(Brightness):
+    def load(self):
+        raise FileNotFoundError("heavy.safetensors is nowhere")
+""",
     "my_rewards.py": """
 def contrast(images, prompts, metadata):
     kinds = [one["kind"] for one in metadata]
@@ -273,3 +280,19 @@ def test_a_mistake_is_one_message_and_exit_code_2(mistake: str, desk: Desk) -> N
     assert done.stderr.count(message) == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert not (desk.folder / "runs" / "never").exists()
+
+
+WORKERS_FIND = {
+    "a scorer that does not load": ("scorers.0.serve=unloaded:Heavy", 1, "heavy.safetensors is nowhere"),
+    "an option of an own objective": ("objective.options.clip_rang=1", 2, "objective.options.clip_rang"),
+}
+
+
+@pytest.mark.parametrize("mistake", WORKERS_FIND)
+def test_what_only_a_worker_can_find_is_one_message_too(mistake: str, desk: Desk) -> None:
+    override, code, message = WORKERS_FIND[mistake]
+    done = desk.type("train", "config.yaml", "name=failed", "exist=replace", override)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "ray::" not in done.stderr
