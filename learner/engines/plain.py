@@ -3,7 +3,7 @@
 The gradients of an update accumulate locally and are averaged in `step`: what DistributedDataParallel does under
 `no_sync`, without having to know which backward is the last, without a wrapper that objects to parameters a custom
 loss left out, and with no rank left waiting when another runs out of memory in mid-update
-(docs/decisions/plain-engine.md).
+(docs/decisions/0008-plain-ranks-average-once-a-step.md).
 
 Weights in bf16 get fp32 masters, and their gradients are added up in fp32; weights in fp32 are their own masters.
 """

@@ -122,7 +122,7 @@ def weights_of(learner: Any, kind: str = "param") -> dict[str, np.ndarray]:
 # -- ranks as processes
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """work(rank, world_size, *args) in a process each, with a rendezvous on the loopback; their results by rank.
 
     `work` must be importable. Raises RuntimeError with the traceback of the first rank that failed.
@@ -139,7 +139,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
     by_rank: dict[int, Any] = {}
     try:
         while len(by_rank) < world_size:
-            rank, failure, result = results.get(timeout=240)
+            rank, failure, result = results.get(timeout=timeout_s)
             if failure is not None:
                 raise RuntimeError(f"rank {rank} failed:\n{failure}")
             by_rank[rank] = result

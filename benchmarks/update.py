@@ -1,0 +1,209 @@
+"""What the learner's machinery costs: a rank's update against the bare loop over the same tensors.
+
+- learner: `RankLearner.update` on the plain engine with one rank: rows read from memory, micro-batches assembled,
+  the objective, clipping, AdamW, snapshots, metrics, report.
+- bare: the same forwards and backwards of the same inputs in a plain loop, one product with a fixed tensor in place
+  of the objective, clip_grad_norm_, AdamW, zero_grad. The objective's own arithmetic counts as overhead.
+
+`nft` makes two no-grad passes beside each differentiated one (old and reference policy); so does its bare loop. The
+model is the playground's at full size with random weights, on one thread. Pairs are interleaved, the first of a pair in
+turn; ratios are taken within pairs. Wall time, and CPU time of the process, which a busy machine disturbs less.
+
+    python -m benchmarks.update [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TARGET = 1.08
+GROUPS, GROUP_SIZE, MICRO_BATCH, STEPS = 2, 8, 8, 4
+OBJECTIVES: dict[str, dict[str, Any]] = {"grpo": {"name": "grpo"}, "nft": {"name": "nft", "draws": 3}}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Inputs of one forward and, where a backward follows, the tensor its output is multiplied with."""
+
+    x: Any
+    s: Any
+    cond: Any
+    cotangent: Any | None
+
+
+def run(repeats: int = 15) -> dict[str, Any]:
+    """Rows by objective: ratio learner/bare by wall and by CPU time (median, low, high), seconds of both, target."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _save_model(Path(folder))
+            rows = [_measure(name, folder, repeats) for name in OBJECTIVES]
+    finally:
+        torch.set_num_threads(threads)
+    return {"repeats": repeats, "target": TARGET, "cpus": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}
+
+
+def _measure(name: str, folder: str, repeats: int) -> dict[str, Any]:
+    update, bare, forwards = _pair(name, folder)
+    for _ in range(2):
+        update()
+        bare()
+    walls: list[tuple[float, float]] = []
+    cpus: list[tuple[float, float]] = []
+    for repeat in range(repeats):
+        timed = {}
+        for which in (update, bare) if repeat % 2 == 0 else (bare, update):
+            timed[which] = _time(which)
+        walls.append((timed[update][0], timed[bare][0]))
+        cpus.append((timed[update][1], timed[bare][1]))
+    return {
+        "objective": name,
+        "forwards": forwards,
+        "wall": _median([ours / theirs for ours, theirs in walls]),
+        "cpu": _median([ours / theirs for ours, theirs in cpus]),
+        "update_seconds": float(np.median([ours for ours, _ in walls])),
+        "bare_seconds": float(np.median([theirs for _, theirs in walls])),
+    }
+
+
+def _time(work: Callable[[], None]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _pair(name: str, folder: str) -> tuple[Callable[[], None], Callable[[], None], int]:
+    """(the learner's update, the bare loop over the calls it made, number of forwards)."""
+    import torch
+
+    from actors.painter import Painter
+    from cluster.step import make_credit, make_job
+    from contracts.wire import PromptSpec, PromptTask
+    from learner.rank import RankLearner
+    from learner.types import Rewards
+
+    config = _config(name, folder)
+    painter, learner = Painter(config), RankLearner(config, 0, 1)
+    headers, arrays, embeddings, rewards = {}, {}, {}, {}
+    for number in range(GROUPS):
+        task = PromptTask(
+            group_id=number, attempt=0, prompt=PromptSpec(text="a red circle"), group_size=GROUP_SIZE, min_version=0,
+            deadline_s=60.0,
+        )  # fmt: skip
+        group = painter.finish(painter.denoise(task))
+        headers[number], arrays[number] = group.header, group.arrays
+        embeddings.update(group.embeddings)
+        values = np.random.default_rng(number).normal(size=GROUP_SIZE)
+        rewards[number] = Rewards(values, np.ones(GROUP_SIZE, bool), np.zeros(GROUP_SIZE))
+    job = make_job(1, 0, headers, rewards, config, make_credit(config))
+
+    def fetch(group: int, names: tuple[str, ...], samples: slice) -> dict[str, np.ndarray]:
+        return {array: arrays[group][array][samples] for array in names}
+
+    def update() -> None:
+        learner.update(job, fetch, embeddings.__getitem__)
+
+    calls = _recorded(learner, update)
+    twin = RankLearner(config, 0, 1)
+    parameters = list(twin.policy.trainable().values())
+    settings = config.learner.optimizer
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+
+    def bare() -> None:
+        for call in calls:
+            if call.cotangent is None:
+                with torch.no_grad():
+                    twin.policy.velocity(call.x, call.s, call.cond)
+            else:
+                (twin.policy.velocity(call.x, call.s, call.cond) * call.cotangent).sum().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update, bare, len(calls)
+
+
+def _recorded(learner: Any, update: Callable[[], None]) -> list[Call]:
+    """The forwards of one update, with their inputs."""
+    import torch
+
+    calls: list[Call] = []
+    velocity = type(learner.policy).velocity
+
+    def recording(self: Any, x: Any, s: Any, cond: Any, *rest: Any, **more: Any) -> Any:
+        v = velocity(self, x, s, cond, *rest, **more)
+        calls.append(Call(x.clone(), s.clone(), cond, torch.randn_like(v) * 1e-3 if torch.is_grad_enabled() else None))
+        return v
+
+    type(learner.policy).velocity = recording  # type: ignore[method-assign]
+    try:
+        update()
+    finally:
+        type(learner.policy).velocity = velocity  # type: ignore[method-assign]
+    return calls
+
+
+def _config(name: str, folder: str) -> Any:
+    from contracts.config.load import config_from_tree
+
+    return config_from_tree(
+        {
+            "name": "bench",
+            "model": {"path": folder, "device": "cpu"},
+            "objective": OBJECTIVES[name],
+            "scorers": [{"name": "given", "urls": ["http://127.0.0.1:1"]}],
+            "stop": {"steps": 1},
+            "rollout": {"groups_per_step": GROUPS, "group_size": GROUP_SIZE, "micro_batch": MICRO_BATCH},
+            "sampler": {"steps": STEPS},
+            "learner": {"engine": "plain", "optimizer": {"lr": 1e-6}},  # every repeat does the same work
+            "pipeline": {"max_staleness": 0},
+        }
+    )
+
+
+def _save_model(folder: Path) -> None:
+    from playground.train.pipeline import build_pipeline
+
+    build_pipeline(size="base", seed=0).save_pretrained(folder)
+
+
+def _median(values: list[float]) -> dict[str, float]:
+    """Median and its 95 % interval: the order statistics that a fair coin tossed n times lies between."""
+    ordered = sorted(values)
+    rank = max(0, int(np.floor(len(ordered) / 2 - 0.98 * np.sqrt(len(ordered)))))
+    return {"median": float(np.median(ordered)), "low": ordered[rank], "high": ordered[len(ordered) - 1 - rank]}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        "| objective | forwards | wall, update / bare | 95 % interval | CPU | 95 % interval | update, s | bare, s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        wall, cpu = row["wall"], row["cpu"]
+        lines.append(
+            f"| {row['objective']} | {row['forwards']} | {wall['median']:.3f} | {wall['low']:.3f} – {wall['high']:.3f} "
+            f"| {cpu['median']:.3f} | {cpu['low']:.3f} – {cpu['high']:.3f} "
+            f"| {row['update_seconds']:.3f} | {row['bare_seconds']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    measured = run()
+    print(json.dumps(measured, indent=1) if "--json" in sys.argv else table(measured))

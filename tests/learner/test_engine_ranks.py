@@ -1,0 +1,302 @@
+"""Ranks as processes: what one engine writes any other loads, and failures that all ranks must agree on.
+
+Under ZeRO-3 most tensors are in pieces of odd sizes here. About 60 s on two idle cores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from contracts.errors import LearnerError, NonFiniteLoss
+from learner.engines.deepspeed import deepspeed_usable
+from tests.learner.learner_harness import (
+    Painted,
+    job_of,
+    make_config,
+    paint_groups,
+    run_ranks,
+    seeded_rewards,
+    weights_of,
+    with_advantages,
+)
+
+LR = 1e-3
+PPO = {"name": "ppo", "kl_beta": 0.04}
+NFT = {"name": "nft", "decay_rate": 0.1}
+ENGINES: list[int | None] = [None, 1, 2, 3]  # None: plain
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not deepspeed_usable()[0], reason=deepspeed_usable()[1]),
+]
+
+
+def config_of(folder: str, objective: dict[str, Any], ranks: int, stage: int | None, **model: Any) -> Any:
+    engine = {"engine": "plain"} if stage is None else {"engine": "deepspeed", "zero_stage": stage}
+    learner = {**engine, "ranks": ranks, "optimizer": {"lr": LR, "eps": 1e-6}, "ema": {"decay": 0.5}}
+    return make_config(folder, objective, learner=learner, model=model)
+
+
+class Rank:
+    """A learner in this process with what the tests do to it."""
+
+    def __init__(
+        self, rank: int, world: int, folder: str, objective: dict[str, Any], stage: int | None, painted: Painted
+    ):
+        from learner.engines import deepspeed
+        from learner.rank import RankLearner
+
+        torch.set_num_threads(1)
+        deepspeed.PERSISTENT_ELEMENTS = 200  # ZeRO-3 splits most of so small a model, and keeps some whole
+        self.painted = painted
+        self.learner = RankLearner(config_of(folder, objective, world, stage), rank, world)
+
+    def job(self) -> Any:
+        return job_of(self.learner.config, self.painted, seeded_rewards(self.painted, {1: [0, 1]}), self.learner)
+
+    def train(self, job: Any = None) -> dict[str, float]:
+        report = self.learner.update(job or self.job(), self.painted.fetch, self.painted.fetch_embedding)
+        return report.metrics
+
+    def snapshot_tensors(self, name: str) -> dict[str, np.ndarray]:
+        names = self.learner.engine.named_trainable()
+        return {n: self.learner.snapshots.full_tensor(name, n).numpy().copy() for n in names}
+
+
+def write_and_go_on(
+    rank: int, world: int, folder: str, objective: dict[str, Any], stage: int | None, painted: Painted, state: str
+) -> Any:
+    """Train, save, train on: metrics of the second step, weights at both times, snapshots, what is published."""
+    one = Rank(rank, world, folder, objective, stage, painted)
+    one.train()
+    one.learner.save_state(state)
+    saved = weights_of(one.learner)
+    published = one.learner.snapshot(1, 1)
+    metrics = one.train()
+    snapshots = {name: one.snapshot_tensors(name) for name in one.learner.snapshots.names}
+    return metrics, saved, weights_of(one.learner), snapshots, None if published is None else published.arrays
+
+
+def read_and_go_on(
+    rank: int,
+    world: int,
+    folder: str,
+    objective: dict[str, Any],
+    stages: list[int | None],
+    painted: Painted,
+    state: str,
+) -> Any:
+    """For each stage: load, train: the metrics of that step, weights before and after it, snapshots after it."""
+    results = []
+    for stage in stages:
+        one = Rank(rank, world, folder, objective, stage, painted)
+        one.learner.load_state(state)
+        loaded = weights_of(one.learner)
+        metrics = one.train()
+        snapshots = {name: one.snapshot_tensors(name) for name in one.learner.snapshots.names}
+        results.append((metrics, loaded, weights_of(one.learner), snapshots))
+    return results
+
+
+def on_two_ranks(rank: int, world: int, folder: str, painted: Painted, states: str) -> dict[str, Any]:
+    """All that the tests ask of two ranks, in one start of their processes."""
+    return {
+        "ppo": write_and_go_on(rank, world, folder, PPO, 3, painted, f"{states}/zero3-ppo"),
+        "nft": write_and_go_on(rank, world, folder, NFT, 3, painted, f"{states}/zero3-nft"),
+        "of plain": read_and_go_on(rank, world, folder, PPO, [3, 2, None], painted, f"{states}/plain-ppo"),
+        "failures": {stage: fail_together(rank, world, folder, stage, painted) for stage in ENGINES},
+        "other names": report_other_names(rank, world),
+    }
+
+
+def on_one_rank(rank: int, world: int, folder: str, painted: Painted, states: str) -> dict[str, Any]:
+    """The same of one rank under DeepSpeed."""
+    return {
+        "of zero3": read_and_go_on(rank, world, folder, PPO, [0, 1, 2, 3], painted, f"{states}/zero3-ppo"),
+        "bf16": bf16_steps(rank, world, folder, ENGINES, painted),
+    }
+
+
+@pytest.fixture(scope="module")
+def painted(tiny_model_folder: Path) -> Painted:
+    from actors.painter import Painter
+
+    torch.set_num_threads(1)
+    return paint_groups(Painter(config_of(str(tiny_model_folder), {"name": "grpo"}, 1, None)), 3)
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("states"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_folder: Path, painted: Painted, states: str) -> Any:
+    """What one plain rank does, which all others are held to."""
+    folder = str(tiny_model_folder)
+    return {
+        "ppo": write_and_go_on(0, 1, folder, PPO, None, painted, f"{states}/plain-ppo"),
+        "nft": write_and_go_on(0, 1, folder, NFT, None, painted, f"{states}/plain-nft"),
+        "clean step": Rank(0, 1, folder, NFT, None, painted).train(),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model_folder: Path, painted: Painted, states: str, plain: Any) -> list[dict[str, Any]]:
+    return run_ranks(2, on_two_ranks, str(tiny_model_folder), painted, states, timeout_s=600)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_model_folder: Path, painted: Painted, states: str, two_ranks: Any) -> dict[str, Any]:
+    return run_ranks(1, on_one_rank, str(tiny_model_folder), painted, states, timeout_s=300)[0]
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], atol: float) -> None:
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+def same_step(found: Any, expected: Any) -> None:
+    """(metrics, weights before, weights after, snapshots) agree; before exactly."""
+    for metric in ("loss", "grad_norm"):
+        assert found[0][metric] == pytest.approx(expected[0][metric], rel=1e-5, abs=1e-7)
+    assert all(np.array_equal(found[1][name], value) for name, value in expected[1].items())
+    same(found[2], expected[2], atol=0.04 * LR)
+    for name, tensors in expected[3].items():
+        same(found[3][name], tensors, atol=0.04 * LR)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "nft"])
+def test_two_partitioned_ranks_do_what_one_plain_rank_does(objective: str, two_ranks: Any, plain: Any) -> None:
+    """Weights, snapshots put together from pieces, and published arrays."""
+    _, saved, _, snapshots, published = two_ranks[0][objective]
+    _, expected_saved, _, expected_snapshots, expected_published = plain[objective]
+    same(saved, expected_saved, atol=0.02 * LR)
+    same(published, expected_published, atol=0.02 * LR)
+    for name, tensors in expected_snapshots.items():
+        same(snapshots[name], tensors, atol=0.04 * LR)
+    same_step(two_ranks[1][objective], two_ranks[0][objective])
+    assert two_ranks[1][objective][4] is None, "rank 0 alone publishes"
+
+
+@pytest.mark.parametrize("objective", ["ppo", "nft"])
+def test_what_two_partitioned_ranks_write_one_plain_rank_loads(
+    objective: str, two_ranks: Any, tiny_model_folder: Path, painted: Painted, states: str
+) -> None:
+    tree = {"ppo": PPO, "nft": NFT}[objective]
+    folder, state = str(tiny_model_folder), f"{states}/zero3-{objective}"
+    (found,) = read_and_go_on(0, 1, folder, tree, [None], painted, state)
+    same_step(found, two_ranks[0][objective])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_two_partitioned_ranks_write_one_rank_loads_at_every_stage(
+    stage: int, two_ranks: Any, one_rank: Any
+) -> None:
+    same_step(one_rank["of zero3"][stage], two_ranks[0]["ppo"])
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["zero3", "zero2", "plain"])
+def test_what_one_plain_rank_writes_two_ranks_load(index: int, two_ranks: Any, plain: Any) -> None:
+    for of_rank in two_ranks:
+        same_step(of_rank["of plain"][index], plain["ppo"])
+
+
+def fail_together(rank: int, world: int, folder: str, stage: int | None, painted: Painted) -> dict[str, Any]:
+    """What each failure does under an engine; then a clean step."""
+    one = Rank(rank, world, folder, NFT, stage, painted)
+    learner, job = one.learner, one.job()
+    start = weights_of(learner)
+    seen: dict[str, Any] = {}
+    broken = with_advantages(job, lambda group, values: np.where(group == 0, np.nan, values))  # one rank's rows
+    with pytest.raises(NonFiniteLoss, match="policy_loss") as caught:
+        one.train(broken)
+    seen["message"] = str(caught.value)
+    seen["untouched"] = all(np.array_equal(v, start[n]) for n, v in weights_of(learner).items())
+    loss, steep = learner.objective.loss, [True]
+
+    def infinite_slope(model: Any, batch: Any, p: int) -> Any:
+        result = loss(model, batch, p)
+        if steep[0] and rank == 1:
+            result.loss = result.loss + (result.loss - result.loss.detach()).sqrt()
+        return result
+
+    learner.objective.loss = infinite_slope  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLoss, match="gradient"):
+        one.train()
+    seen["untouched_by_gradient"] = all(np.array_equal(v, start[n]) for n, v in weights_of(learner).items())
+    steep[0] = False
+    if stage is None or stage < 2:
+        out_of_memory_on_rank_1(learner, rank, loss)
+    seen["metrics"] = one.train(job)
+    seen["halved"] = learner._halved
+    return seen
+
+
+def out_of_memory_on_rank_1(learner: Any, rank: int, loss: Any) -> None:
+    def scarce(model: Any, batch: Any, p: int) -> Any:
+        if rank == 1 and len(batch.rows) > 1 and p == 1:
+            raise torch.OutOfMemoryError("as a test would have it")
+        return loss(model, batch, p)
+
+    learner.objective.loss = scarce
+
+
+@pytest.mark.parametrize("stage", ENGINES, ids=["plain", "zero1", "zero2", "zero3"])
+def test_ranks_fail_together_and_go_on_as_if_nothing_had_been(stage: int | None, two_ranks: Any, plain: Any) -> None:
+    """A NaN or an infinite gradient on one rank stops all and changes nothing; so does its out-of-memory, once."""
+    expected = plain["clean step"]
+    for of_rank in two_ranks:
+        seen = of_rank["failures"][stage]
+        assert seen["untouched"]
+        assert seen["untouched_by_gradient"]
+        assert "the weights are as before" in seen["message"]
+        assert seen["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert seen["metrics"]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert seen["halved"] == (stage is None or stage < 2)
+
+
+def bf16_steps(rank: int, world: int, folder: str, stages: list[int | None], painted: Painted) -> Any:
+    from learner.rank import RankLearner
+
+    results = []
+    for stage in stages:
+        learner = RankLearner(config_of(folder, {"name": "nft"}, world, stage, dtype="bf16"), rank, world)
+        job = job_of(learner.config, painted, seeded_rewards(painted))
+        metrics = [learner.update(job, painted.fetch, painted.fetch_embedding).metrics for _ in range(3)]
+        published = learner.snapshot(1, 1)
+        assert published is not None
+        results.append(([m["loss"] for m in metrics], weights_of(learner), published.offer.dtypes))
+    return results
+
+
+def test_bf16_has_fp32_masters_under_every_engine(one_rank: Any) -> None:
+    """bf16's rounding differs with the order of sums, so engines agree to a few per cent of the steps taken."""
+    results = one_rank["bf16"]
+    plain_losses, plain_weights, _ = results[0]
+    for losses, weights, dtypes in results:
+        assert set(dtypes.values()) == {"bfloat16"}
+        assert losses == pytest.approx(plain_losses, rel=2e-3)
+        off = np.concatenate([np.abs(weights[name] - value).ravel() for name, value in plain_weights.items()])
+        assert off.mean() < 0.1 * LR * 3
+        finer_than_bf16 = [name for name, v in weights.items() if np.any(v.view(np.uint32) & 0xFFFF)]
+        assert len(finer_than_bf16) > len(weights) / 2
+
+
+def test_ranks_with_other_metrics_are_told_so(two_ranks: Any) -> None:
+    for of_rank in two_ranks:
+        assert "different metrics" in of_rank["other names"]
+
+
+def report_other_names(rank: int, world: int) -> str:
+    from learner.distributed import check_same_names
+
+    check_same_names(["a", "b"], world, torch.device("cpu"))
+    with pytest.raises(LearnerError) as caught:
+        check_same_names(["a", f"b{rank}"], world, torch.device("cpu"))
+    return str(caught.value)
