@@ -14,13 +14,11 @@ Does not own: process groups (learner/distributed.py), canonical files (learner/
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,11 +36,6 @@ Stage = Literal[0, 1, 2, 3]
 
 PERSISTENT_ELEMENTS = 100_000
 """DeepSpeed's own default."""
-
-_COMMUNICATION_OP = "deepspeed_shm_comm"
-_LONGEST_COMPILATION_S = 300.0  # it takes 40 s on an idle core
-
-logger = logging.getLogger(__name__)
 
 _WAY_OUT = "set learner.engine=plain, or install g++ (Debian: apt-get install g++) and run again"
 
@@ -83,6 +76,7 @@ class DeepSpeedEngine(Engine):
         usable, reason = deepspeed_usable()
         if not usable:
             raise DeepSpeedUnavailable(f"the DeepSpeed engine cannot start: {reason}; {_WAY_OUT}")
+        _prepare_process()
         load_communication_op()
         super().__init__(groups, config, world_size)
         self.stage, self.dtype = stage, dtype
@@ -279,31 +273,21 @@ def _settings(stage: int, dtype: str, config: OptimizerConfig, world_size: int) 
     }
 
 
-def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def _prepare_process() -> None:
+    """What DeepSpeed finds out for itself with a warning, or not at all. Before it is imported."""
     os.environ["PATH"] = _path_with_venv()  # ninja stands beside the interpreter; a worker's PATH may lack it
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, one warning each
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find out by itself, with a warning
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # one a collective call of DeepSpeed's
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        _remove_stale_lock()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the import sets it
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
-
-
-def _remove_stale_lock() -> None:
-    """Remove the lock that a killed compilation left behind: torch would wait for it without end."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory(_COMMUNICATION_OP, False)) / "lock"
-    with contextlib.suppress(FileNotFoundError):
-        age = time.time() - lock.stat().st_mtime
-        if age > _LONGEST_COMPILATION_S:
-            logger.warning("removing %s, left behind %.0f s ago by a compilation that was killed", lock, age)
-            lock.unlink()
 
 
 def _path_with_venv() -> str:

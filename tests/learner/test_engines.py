@@ -5,10 +5,8 @@ About 8 s.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,6 @@ from learner.engines.base import ParamGroup, lr_scale_at
 from learner.engines.deepspeed import (
     DeepSpeedEngine,
     DeepSpeedUnavailable,
-    _remove_stale_lock,
     check_stage,
     deepspeed_usable,
 )
@@ -244,20 +241,3 @@ def test_bf16_at_stage_0_is_refused_with_the_stage_to_take() -> None:
         check_stage(0, "bf16")
     for stage, dtype in ((0, "fp32"), (1, "bf16"), (3, "bf16")):
         check_stage(stage, dtype)
-
-
-def test_the_lock_of_a_killed_compilation_is_removed_and_a_fresh_one_is_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    folder = tmp_path / "deepspeed_shm_comm"
-    folder.mkdir()
-    _remove_stale_lock()  # nothing there: nothing to do
-    lock = folder / "lock"
-    lock.touch()
-    _remove_stale_lock()
-    assert lock.exists()
-    an_hour_ago = time.time() - 3600
-    os.utime(lock, (an_hour_ago, an_hour_ago))
-    _remove_stale_lock()
-    assert not lock.exists()
