@@ -85,46 +85,65 @@ class ActorFleet:
             running = self.reviving[name] = asyncio.create_task(self.revive(name, kill))
         await asyncio.shield(running)
 
+    def is_reviving(self, name: str) -> bool:
+        """Whether an actor is on its way back."""
+        running = self.reviving.get(name)
+        return running is not None and not running.done()
+
 
 class RolloutLoop:
-    """One coroutine a task slot; `rollout.prefetch` slots an actor."""
+    """Hands tasks to the actor that has fewest, at most `rollout.prefetch` to each; one coroutine a task."""
 
     def __init__(
         self, context: RunContext, fleet: ActorFleet, on_generated: Callable[[int, str], Awaitable[None]]
     ) -> None:
         self.context, self.fleet, self.on_generated = context, fleet, on_generated
         self.unproven: dict[str, int] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.in_hand = dict.fromkeys(fleet.names, 0)
+        self.free_since = dict.fromkeys(fleet.names, time.monotonic())
 
     async def run(self) -> None:
-        """Until the run stops."""
-        slots = [self._slot(name) for name in self.fleet.names for _ in range(self.context.config.rollout.prefetch)]
-        await asyncio.gather(*slots)
+        """Until the run stops and every task handed out has ended."""
+        self.free_since = dict.fromkeys(self.fleet.names, time.monotonic())
+        await self.context.bell.wait_until(self._hand_out)
+        while self.tasks:
+            await asyncio.wait(self.tasks)
 
-    async def _slot(self, name: str) -> None:
-        while True:
-            task = await self._next_task(name)
-            if task is None:
-                return
-            await self._paint(name, task)
-
-    async def _next_task(self, name: str) -> PromptTask | None:
-        """A lease on the oldest group that waits to be painted, admitting new prompts as the rule allows."""
-        start = time.monotonic()
-        task: list[PromptTask] = []
-
-        def try_lease() -> bool:
-            if self.context.stopping:
-                return True
+    def _hand_out(self) -> bool:
+        """Lease every group that may be painted now to an actor that can take it. True once the run stops."""
+        while not self.context.stopping:
+            name = self._least_busy()
+            if name is None:
+                break
             self._admit()
-            leased = self.context.ledger.lease_generating(name, self.context.config.rollout.lease_s)
-            if leased is not None:
-                task.append(leased)
-            return leased is not None
+            task = self.context.ledger.lease_generating(name, self.context.config.rollout.lease_s)
+            if task is None:
+                break
+            self._start(name, task)
+        return self.context.stopping
 
-        await self.context.bell.wait_until(try_lease)
-        waited = time.monotonic() - start
-        self.context.telemetry.phase("actor", "wait_for_prompt", waited)
-        return task[0] if task else None
+    def _least_busy(self) -> str | None:
+        """An idle actor before one that would only queue the task; of equals the one free for longest."""
+        prefetch = self.context.config.rollout.prefetch
+        able = [n for n, tasks in self.in_hand.items() if tasks < prefetch and not self.fleet.is_reviving(n)]
+        return min(able, key=lambda name: (self.in_hand[name], self.free_since[name]), default=None)
+
+    def _start(self, name: str, task: PromptTask) -> None:
+        if self.in_hand[name] == 0:
+            self.context.telemetry.phase("actor", "wait_for_prompt", time.monotonic() - self.free_since[name])
+        self.in_hand[name] += 1
+        painting = asyncio.create_task(self._paint(name, task))
+        self.tasks.add(painting)
+        painting.add_done_callback(lambda done: self._ended(name, done))
+
+    def _ended(self, name: str, done: asyncio.Task[None]) -> None:
+        self.tasks.discard(done)
+        self.in_hand[name] -= 1
+        self.free_since[name] = time.monotonic()
+        if not done.cancelled() and done.exception() is not None:
+            self.context.stop(done.exception())
+        self.context.bell.ring()
 
     def _admit(self) -> None:
         admission = self.context.admission
