@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import local_ray, median
 from cluster.admission import AdmissionRule
 from cluster.ledger import Ledger
 from contracts.scores import point_table
@@ -46,29 +47,22 @@ def run(repeats: int = 10, steps: int = 12, group_calls: int = 32) -> dict[str, 
 
     steps: learner steps of one ledger repeat; group_calls: groups of one vault repeat.
     """
-    import ray
+    with local_ray(4, 512), tempfile.TemporaryDirectory() as folder:
+        import ray
 
-    from cluster.vault import Vault
+        from cluster.vault import Vault
 
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}},
-    )  # fmt: skip
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            actor: Any = Vault
-            vault = actor.remote(f"{folder}/vault", MEMORY_GROUPS * GROUP_BYTES)
-            bench = VaultBench(ray, vault, Path(folder), group_calls)
-            ledgers = (Path(folder) / f"ledger-{number}.sqlite" for number in itertools.count())
-            cases: dict[tuple[str, int, str], Callable[[], float]] = {}
-            for producers in PRODUCERS:
-                cases["ledger", producers, "groups/s"] = partial(lives, ledgers, producers, steps)
-                cases["vault put", producers, "bytes/s"] = partial(bench.rate, producers, bench.put_one)
-                cases["vault get", producers, "bytes/s"] = partial(bench.rate, producers, bench.get_one)
-                cases["file", producers, "bytes/s"] = partial(bench.rate, producers, bench.file_one)
-            return _measure(cases, repeats)
-    finally:
-        ray.shutdown()
+        actor: Any = Vault
+        vault = actor.remote(f"{folder}/vault", MEMORY_GROUPS * GROUP_BYTES)
+        bench = VaultBench(ray, vault, Path(folder), group_calls)
+        ledgers = (Path(folder) / f"ledger-{number}.sqlite" for number in itertools.count())
+        cases: dict[tuple[str, int, str], Callable[[], float]] = {}
+        for producers in PRODUCERS:
+            cases["ledger", producers, "groups/s"] = partial(lives, ledgers, producers, steps)
+            cases["vault put", producers, "bytes/s"] = partial(bench.rate, producers, bench.put_one)
+            cases["vault get", producers, "bytes/s"] = partial(bench.rate, producers, bench.get_one)
+            cases["file", producers, "bytes/s"] = partial(bench.rate, producers, bench.file_one)
+        return _measure(cases, repeats)
 
 
 def lives(paths: Iterator[Path], producers: int, steps: int) -> float:
@@ -182,17 +176,10 @@ def _measure(cases: dict[tuple[str, int, str], Callable[[], float]], repeats: in
         for key, case in cases.items():
             rates[key].append(case())
     rows = [
-        {"what": what, "producers": producers, "unit": unit, **_median(values)}
+        {"what": what, "producers": producers, "unit": unit, **median(values)}
         for (what, producers, unit), values in rates.items()
     ]
-    return {"repeats": repeats, "group_bytes": GROUP_BYTES, "cpus": os.cpu_count(), "rows": rows}
-
-
-def _median(values: list[float]) -> dict[str, float]:
-    """Median and its 95 % interval: the order statistics that a fair coin tossed n times lies between."""
-    ordered = sorted(values)
-    rank = max(0, int(np.floor(len(ordered) / 2 - 0.98 * np.sqrt(len(ordered)))))
-    return {"median": float(np.median(ordered)), "low": ordered[rank], "high": ordered[len(ordered) - 1 - rank]}
+    return {"repeats": repeats, "group_bytes": GROUP_BYTES, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:

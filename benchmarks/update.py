@@ -18,13 +18,14 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.measuring import interleaved, median, one_thread, ratios
 
 TARGET = 1.08
 GROUPS, GROUP_SIZE, MICRO_BATCH, STEPS = 2, 8, 8, 4
@@ -43,46 +44,23 @@ class Call:
 
 def run(repeats: int = 15) -> dict[str, Any]:
     """Rows by objective: ratio learner/bare by wall and by CPU time (median, low, high), seconds of both, target."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            _save_model(Path(folder))
-            rows = [_measure(name, folder, repeats) for name in OBJECTIVES]
-    finally:
-        torch.set_num_threads(threads)
-    return {"repeats": repeats, "target": TARGET, "cpus": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        _save_model(Path(folder))
+        rows = [_measure(name, folder, repeats) for name in OBJECTIVES]
+    return {"repeats": repeats, "target": TARGET, "rows": rows}
 
 
 def _measure(name: str, folder: str, repeats: int) -> dict[str, Any]:
     update, bare, forwards = _pair(name, folder)
-    for _ in range(2):
-        update()
-        bare()
-    walls: list[tuple[float, float]] = []
-    cpus: list[tuple[float, float]] = []
-    for repeat in range(repeats):
-        timed = {}
-        for which in (update, bare) if repeat % 2 == 0 else (bare, update):
-            timed[which] = _time(which)
-        walls.append((timed[update][0], timed[bare][0]))
-        cpus.append((timed[update][1], timed[bare][1]))
+    pairs = interleaved(update, bare, repeats)
     return {
         "objective": name,
         "forwards": forwards,
-        "wall": _median([ours / theirs for ours, theirs in walls]),
-        "cpu": _median([ours / theirs for ours, theirs in cpus]),
-        "update_seconds": float(np.median([ours for ours, _ in walls])),
-        "bare_seconds": float(np.median([theirs for _, theirs in walls])),
+        "wall": median(ratios(pairs["wall"])),
+        "cpu": median(ratios(pairs["cpu"])),
+        "update_seconds": median([ours for ours, _ in pairs["wall"]])["median"],
+        "bare_seconds": median([theirs for _, theirs in pairs["wall"]])["median"],
     }
-
-
-def _time(work: Callable[[], None]) -> tuple[float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _pair(name: str, folder: str) -> tuple[Callable[[], None], Callable[[], None], int]:
@@ -178,13 +156,6 @@ def _save_model(folder: Path) -> None:
     from playground.train.pipeline import build_pipeline
 
     build_pipeline(size="base", seed=0).save_pretrained(folder)
-
-
-def _median(values: list[float]) -> dict[str, float]:
-    """Median and its 95 % interval: the order statistics that a fair coin tossed n times lies between."""
-    ordered = sorted(values)
-    rank = max(0, int(np.floor(len(ordered) / 2 - 0.98 * np.sqrt(len(ordered)))))
-    return {"median": float(np.median(ordered)), "low": ordered[rank], "high": ordered[len(ordered) - 1 - rank]}
 
 
 def table(result: dict[str, Any]) -> str:
