@@ -69,10 +69,10 @@ docs: $(STAMP)  ## regenerate docs/configuration.md
 	$(PY) docs/generate.py
 
 bench: $(STAMP)  ## run the benchmarks (interleaved A/B)
-	@$(PY) -m benchmarks $(ARGS)
+	@$(PY) -m benchmarks bench $(ARGS)
 
 soak: $(STAMP)  ## train for long with faults injected
-	@$(PY) -m benchmarks.soak $(ARGS)
+	@$(PY) -m benchmarks soak $(ARGS)
 
 clean:  ## remove the environment, runs and caches
 	rm -rf .venv runs build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

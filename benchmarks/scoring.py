@@ -1,9 +1,9 @@
 """A reward server against a bare call of its scorer, and the binary body against base64 in JSON.
 
 The verifier is served by a process of its own, as in a run; 16 callers ask for 16 images each. The bound is one thread
-that calls the scorer's function on the same batches. Repeats of both are interleaved; a figure is the median with the
-lowest and the highest. On a machine with fewer than two free cores the client takes its share from the server; the
-ratio of processor seconds (the server's over the bare call's) does not depend on who else is busy.
+that calls the scorer's function on the same batches. Repeats of both are interleaved; a figure is the median with its
+95 % interval. On a machine with fewer than two free cores the client takes its share from the server; the ratio of
+processor seconds (the server's over the bare call's) does not depend on who else is busy.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.measuring import median
 from contracts.codec import decode, encode
 from contracts.config.scoring import ScorerConfig
 from contracts.scores import ScoreRequest
@@ -53,11 +52,11 @@ def run(repeats: int = 10, rounds: int = 4) -> dict[str, Any]:
             processor.append((sum(process.cpu_times()[:2]) - before) / bare_cpu)
     ratio = [through / alone for through, alone in zip(served, bare, strict=True)]
     return {
+        "repeats": repeats,
         "scoring": {
-            "images_per_second_bare": _spread(bare), "images_per_second_served": _spread(served),
-            "served_over_bare": _spread(ratio), "server_cpu_over_bare_cpu": _spread(processor),
+            "images_per_second_bare": median(bare), "images_per_second_served": median(served),
+            "served_over_bare": median(ratio), "server_cpu_over_bare_cpu": median(processor),
             "callers": CONCURRENCY, "images_per_request": IMAGES,
-            "cores": os.cpu_count(),
         },
         "encoding": encoding(repeats),
     }  # fmt: skip
@@ -85,7 +84,7 @@ def encoding(repeats: int = 10, num: int = 64, size: int = 512) -> dict[str, Any
         for name, work in (("binary", binary), ("base64_json", text)):
             seconds, rows[f"{name}_megabytes"] = _timed(work)
             times[name].append(1000 * seconds)
-    return rows | {f"{name}_ms": _spread(values) for name, values in times.items()}
+    return rows | {f"{name}_ms": median(values) for name, values in times.items()}
 
 
 def _timed(work: Callable[[], int]) -> tuple[float, float]:
@@ -120,8 +119,22 @@ async def _served(url: str, images: np.ndarray, metadata: list[dict[str, Any]], 
         return rounds * len(images) / (time.perf_counter() - start)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 3), "low": round(min(values), 3), "high": round(max(values), 3)}
+def table(result: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    scoring, packing = result["scoring"], result["encoding"]
+    num, megabytes = packing["images"], {name: packing[f"{name}_megabytes"] for name in ("binary", "base64_json")}
+    rows = [
+        ("bare scorer, images/s", scoring["images_per_second_bare"], 0),
+        ("through the server, images/s", scoring["images_per_second_served"], 0),
+        ("served over bare", scoring["served_over_bare"], 3),
+        ("server's CPU time over the bare call's", scoring["server_cpu_over_bare_cpu"], 3),
+        (f"pack and unpack {num} images, {megabytes['binary']:.0f} MB as one body, ms", packing["binary_ms"], 1),
+        (f"the same as base64 in JSON, {megabytes['base64_json']:.0f} MB, ms", packing["base64_json_ms"], 1),
+    ]
+    lines = ["| what | median | 95 % interval |", "|---|---:|---:|"]
+    for what, row, digits in rows:
+        lines.append(f"| {what} | {row['median']:.{digits}f} | {row['low']:.{digits}f} – {row['high']:.{digits}f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
