@@ -1,0 +1,1 @@
+"""Engines behind one interface (base.py): plain torch and DeepSpeed."""

@@ -110,6 +110,7 @@ def on_two_ranks(rank: int, world: int, folder: str, painted: Painted, states: s
         "nft": write_and_go_on(rank, world, folder, NFT, 3, painted, f"{states}/zero3-nft"),
         "of plain": read_and_go_on(rank, world, folder, PPO, [3, 2, None], painted, f"{states}/plain-ppo"),
         "failures": {stage: fail_together(rank, world, folder, stage, painted) for stage in ENGINES},
+        "lora": lora_steps(rank, world, folder, [1, 2, 3], painted),
         "other names": report_other_names(rank, world),
     }
 
@@ -259,6 +260,32 @@ def test_ranks_fail_together_and_go_on_as_if_nothing_had_been(stage: int | None,
         assert seen["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert seen["metrics"]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert seen["halved"] == (stage is None or stage < 2)
+
+
+def lora_steps(rank: int, world: int, folder: str, stages: list[int | None], painted: Painted) -> Any:
+    """Of each engine: the adapter's weights after two steps, and what is published. The base stays frozen."""
+    from learner.rank import RankLearner
+
+    results = []
+    for stage in stages:
+        lora = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
+        learner = RankLearner(config_of(folder, NFT, world, stage, **lora), rank, world)
+        job = job_of(learner.config, painted, seeded_rewards(painted))
+        for _ in range(2):
+            learner.update(job, painted.fetch, painted.fetch_embedding)
+        published = learner.snapshot(1, 1)
+        results.append((weights_of(learner), None if published is None else published.arrays))
+    return results
+
+
+def test_lora_trains_its_adapter_alone_under_every_engine(
+    two_ranks: Any, tiny_model_folder: Path, painted: Painted
+) -> None:
+    ((expected, published),) = lora_steps(0, 1, str(tiny_model_folder), [None], painted)
+    assert all("lora_" in name for name in expected)
+    for weights, arrays in two_ranks[0]["lora"]:
+        same(weights, expected, atol=0.04 * LR)
+        same(arrays, published, atol=0.04 * LR)
 
 
 def bf16_steps(rank: int, world: int, folder: str, stages: list[int | None], painted: Painted) -> Any:
