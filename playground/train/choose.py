@@ -11,26 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from playground.train.pipeline import TEXT_TOKENS
 from playground.train.sample import Settings, strict_by_kind
 from playground.world.captions import Spec
 from playground.world.prompts import held_out_prompts
 
-COARSE = [Settings(*each) for each in product((8, 16), (1.0, 2.0, 3.0, 4.5), (1.0, 2.0, 3.0, 4.5))]
-NUM_COARSE, NUM_FINE, NUM_TEST = 200, 800, 1_500
-NUM_FINALISTS = 5
+SHIFTS, GUIDANCE, STEPS = (1.0, 2.0, 3.0, 4.5), (1.0, 2.0, 3.0, 4.5), (8, 16)
+NUM_COARSE, NUM_FINE, NUM_TEST = 150, 400, 1_000
+NUM_FINALISTS = 3
 
 
-def load(folder: Path) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -39,19 +39,22 @@ def rank(
     pipeline: DiffusionPipeline, settings: Iterable[Settings], specs: Sequence[Spec], seed: int
 ) -> list[tuple[float, Settings]]:
     """Strict accuracy and settings, the best first; among equals those with fewer steps."""
-    rated = [(strict_by_kind(pipeline, specs, each, seed)["all"], each) for each in settings]
+    rated = []
+    for each in settings:
+        rated.append((strict_by_kind(pipeline, specs, each, seed)["all"], each))
+        print(f"  {rated[-1][0]:.3f} of {len(specs)} with {each}", flush=True)
     return sorted(rated, key=lambda pair: (-pair[0], pair[1].steps))
 
 
-def best_settings(pipeline: DiffusionPipeline, sweep: Sequence[Settings]) -> list[dict[str, Any]]:
-    """The finalists of a sweep on validation prompts, the best first."""
+def best_settings(pipeline: DiffusionPipeline) -> list[dict[str, Any]]:
+    """The finalists on validation prompts, the best first.
+
+    Shift and guidance are swept at the fewest steps; the best of them compete at every number of steps.
+    """
+    sweep = [Settings(min(STEPS), *each) for each in product(SHIFTS, GUIDANCE)]
     coarse = rank(pipeline, sweep, held_out_prompts("validation", NUM_COARSE, seed=1), seed=1_000)
-    for accuracy, settings in coarse:
-        print(f"  coarse {accuracy:.3f} {settings}", flush=True)
-    finalists = [settings for _, settings in coarse[:NUM_FINALISTS]]
+    finalists = [replace(settings, steps=steps) for _, settings in coarse[:NUM_FINALISTS] for steps in STEPS]
     fine = rank(pipeline, finalists, held_out_prompts("validation", NUM_FINE, seed=2), seed=2_000)
-    for accuracy, settings in fine:
-        print(f"  fine   {accuracy:.3f} {settings}", flush=True)
     return [{**asdict(settings), "strict": round(accuracy, 4)} for accuracy, settings in fine]
 
 
@@ -67,12 +70,13 @@ def compare(folder: Path) -> None:
 
 
 def export(snapshot: Path, out: Path) -> None:
-    """Writes the snapshot in fp16 with `salon.json`: its best settings, figures and provenance."""
+    """Writes the snapshot in fp16, its best shift in the scheduler, and `salon.json`: settings, figures, provenance."""
     # What is measured is what is shipped: the weights after rounding to fp16.
-    load(snapshot).to(torch.float16).save_pretrained(out)
+    load(snapshot, torch.float16).save_pretrained(out)
     pipeline = load(out)
-    finalists = best_settings(pipeline, COARSE)
+    finalists = best_settings(pipeline)
     chosen = Settings(*(finalists[0][key] for key in ("steps", "shift", "guidance_scale")))
+    FlowMatchEulerDiscreteScheduler(shift=chosen.shift).save_pretrained(out / "scheduler")
     test = strict_by_kind(pipeline, held_out_prompts("test", NUM_TEST, seed=3), chosen, seed=3_000)
     measured = {
         "test_strict": {kind: round(value, 4) for kind, value in test.items()},

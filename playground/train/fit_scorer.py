@@ -38,7 +38,7 @@ class Painted:
 
 def paint_with(base: Path, specs: Sequence[Spec], seed: int) -> Painted:
     """Pictures by the base, at few and at many steps, with and without guidance."""
-    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     ways = [Settings(4, 2.0, 1.0), Settings(8, 2.0, 1.0), Settings(8, 2.0, 3.0)]
     batches = [
         paint(pipeline, [spec.text for spec in specs[i : i + 64]], ways[i // 64 % 3], seed + i)
