@@ -45,8 +45,8 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The demo, seed by seed",
         "",
-        f"`python -m benchmarks.demo_seeds` on 2 CPU cores; `{CONFIG}` from command to exit, both evaluations included.",
-        "Held-out accuracy is strict (every object, colour, count and relation right) on test prompts whose combinations",
+        f"`python -m benchmarks.demo_seeds` on 2 CPU cores; from command to exit, both evaluations included.",
+        "Held-out accuracy is strict (each object, colour, count and relation right) on test prompts whose combinations",
         "neither pretraining nor RL saw; settings were tuned on the validation split. *Before* is the base at its own",
         "best steps, shift and guidance.",
         "",

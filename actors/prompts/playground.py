@@ -7,6 +7,7 @@ from typing import ClassVar
 from actors.prompts.base import PromptSource
 from contracts.config.rollout import PromptsConfig
 from contracts.declarations import PromptsGive
+from contracts.errors import ConfigError
 from contracts.wire import PromptSpec
 from playground.world.captions import Spec
 from playground.world.prompts import held_out_prompts, prompt_stream
@@ -16,13 +17,19 @@ _HELD_OUT_SEED = 0
 
 
 class PlaygroundPrompts(PromptSource):
-    """metadata: `playground` is what the verifier needs, `tag` the kind of task."""
+    """metadata: `playground` is what the verifier needs, `tag` the kind of task.
+
+    options.kinds: the kinds of captions to train on; those that the base has learnt already teach nothing.
+    """
 
     declares: ClassVar[PromptsGive] = PromptsGive(metadata_keys=("playground",), has_held_out=True)
 
     def __init__(self, config: PromptsConfig, seed: int) -> None:
         super().__init__(config, seed)
-        self._stream = prompt_stream("train", seed)
+        try:
+            self._stream = prompt_stream("train", seed, config.options.get("kinds"))
+        except ValueError as error:
+            raise ConfigError("prompts.options.kinds", str(error)) from error
 
     def at(self, position: int) -> PromptSpec:
         return _to_prompt(self._stream.at(position))

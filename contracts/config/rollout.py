@@ -17,7 +17,9 @@ class PromptsConfig(Section):
     column: str | None = Field(default=None, description="prompt column or key; None: 'prompt', else 'text'")
     shuffle: bool = True
     held_out_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of a file kept for evaluation")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a module:Class source")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of a module:Class source; playground: {kinds: [...]}"
+    )
 
 
 class WindowConfig(Section):

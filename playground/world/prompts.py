@@ -8,6 +8,7 @@ and a combination held out is held out in every kind. Single things are all in t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import permutations
 
@@ -78,13 +79,18 @@ def specs_by_kind(split: str) -> dict[str, tuple[Spec, ...]]:
 class PromptStream:
     """An endless stream of captions, each kind equally often; item i depends on i alone.
 
-    `position` is the index of the next item: set it to go on where another stream stopped.
+    `kinds`: which kinds there are in it, all by default. `position` is the index of the next item:
+    set it to go on where another stream stopped.
     """
 
-    def __init__(self, split: str, seed: int) -> None:
+    def __init__(self, split: str, seed: int, kinds: Sequence[str] | None = None) -> None:
+        grouped = specs_by_kind(split)
+        unknown = sorted(set(kinds or ()) - set(grouped))
+        if unknown:
+            raise ValueError(f"{split} has no captions of kind {', '.join(unknown)}; it has {', '.join(grouped)}")
         self._split = split
         self._seed = seed
-        self._by_kind = tuple(specs_by_kind(split).values())
+        self._by_kind = tuple(specs for kind, specs in grouped.items() if kinds is None or kind in kinds)
         self.position = 0
 
     def __iter__(self) -> PromptStream:
@@ -105,9 +111,9 @@ class PromptStream:
         return {"position": self.position}
 
 
-def prompt_stream(split: str, seed: int) -> PromptStream:
-    """The seeded stream of a split's captions."""
-    return PromptStream(split, seed)
+def prompt_stream(split: str, seed: int, kinds: Sequence[str] | None = None) -> PromptStream:
+    """The seeded stream of a split's captions, of some kinds alone if asked. Raises ValueError for an unknown kind."""
+    return PromptStream(split, seed, kinds)
 
 
 def held_out_prompts(split: str, n: int, seed: int) -> list[Spec]:

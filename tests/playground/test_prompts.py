@@ -87,3 +87,11 @@ def test_held_out_prompts_take_kinds_in_turn(split):
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="no such split"):
         prompt_stream("dev", 0)
+
+
+def test_a_stream_of_some_kinds_holds_those_alone() -> None:
+    kinds = {"counting", "position"}
+    stream = prompt_stream("train", 0, sorted(kinds))
+    assert {stream.at(i).kind for i in range(200)} == kinds
+    with pytest.raises(ValueError, match="colours"):
+        prompt_stream("train", 0, ["colours"])
