@@ -30,8 +30,8 @@ def test_weights_are_safetensors_only():
 def test_strict_accuracy_is_what_the_card_says(card):
     torch.set_num_threads(1)
     settings = Settings(**card["eval"])
-    accuracy = strict_by_kind(load(BASE), held_out_prompts("test", 200, seed=4), settings, seed=4)
-    assert accuracy["all"] == pytest.approx(card["measured"]["test_strict"]["all"], abs=0.11)
+    accuracy = strict_by_kind(load(BASE), held_out_prompts("test", 80, seed=4), settings, seed=4)
+    assert accuracy["all"] == pytest.approx(card["measured"]["test_strict"]["all"], abs=0.16)
 
 
 def test_the_card_names_a_base_to_learn_from(card):
