@@ -45,7 +45,7 @@ FAULTS = [
     ("dispatcher", signal.SIGKILL), ("vault", signal.SIGKILL), ("reward server", signal.SIGKILL),
 ]  # fmt: skip
 LOOK_S = 2.0
-STILL_S = 600.0
+STILL_S = 240.0
 """Longest time without a group painted or trained: a process that hangs is noticed by a lease or a timeout alone."""
 
 
@@ -66,10 +66,12 @@ class Watch:
     def look(self, books: Books) -> None:
         """Every law that holds at every instant."""
         self.looks += 1
-        capacity = (self.config.pipeline.max_staleness + 1) * self.config.rollout.groups_per_step
+        # Admission keeps (staleness + 1) steps live; a roll-back revives those of the steps it undoes.
+        steps = self.config.pipeline.max_staleness + 1 + self.config.learner.state_every_steps
+        most = steps * self.config.rollout.groups_per_step
         self.most_live = max(self.most_live, books.live_groups)
         self._need(books.balanced, "painted is not trained + discarded + alive", books)
-        self._need(books.live_groups <= capacity, f"more than {capacity} groups are live", books)
+        self._need(books.live_groups <= most, f"more than {most} groups are live", books)
         within = (books.max_staleness_seen or 0) <= self.config.pipeline.max_staleness
         self._need(within, "the staleness bound is exceeded", books)
         self._need(books.discarded_by_weight_sync == 0, "weights discarded images", books)
@@ -86,11 +88,12 @@ class Watch:
 
 @dataclass
 class Faults:
-    """One process after another comes to harm."""
+    """One process after another comes to harm, in every way once before any way twice."""
 
     rng: random.Random
     every_s: float
     due: float = 0.0
+    deck: list[tuple[str, signal.Signals]] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
 
     def maybe(self) -> None:
@@ -98,7 +101,8 @@ class Faults:
         if not self.every_s or time.monotonic() < self.due:
             return
         if self.due:
-            self._strike(*self.rng.choice(FAULTS))
+            self.deck = self.deck or self.rng.sample(FAULTS, len(FAULTS))
+            self._strike(*self.deck.pop())
         self.due = time.monotonic() + self.every_s * self.rng.uniform(0.5, 1.5)
 
     def _strike(self, kind: str, number: signal.Signals) -> None:

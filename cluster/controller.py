@@ -296,6 +296,7 @@ class Controller:
     async def _evaluate(self, sampling: EvalSampling, num_prompts: int, tag: str) -> EvalResult:
         context = self.context
         assert context is not None
+        await self.fleet.offered()
         plan = plan_evaluation(self.config, context.source, sampling, num_prompts)
         chunks = plan.chunks()
         free: asyncio.Queue[str] = asyncio.Queue()
@@ -327,10 +328,10 @@ class Controller:
             try:
                 paint = self.fleet.handles[name].paint_images.options(num_returns=2)
                 done, images = paint.remote(chunk.prompts, chunk.sampling, chunk.seeds)
-                await _value(done)  # the images stay where they are
+                await asyncio.wait_for(_value(done), self.config.rollout.lease_s)  # the images stay where they are
                 return images
-            except ray.exceptions.RayActorError:
-                await self.fleet.revive_once(name, kill=False)
+            except (ray.exceptions.RayActorError, TimeoutError) as error:
+                await self.fleet.revive_once(name, kill=isinstance(error, TimeoutError))
             finally:
                 free.put_nowait(name)
         raise SalonError(f"an evaluation could not be painted in {EVAL_ATTEMPTS} attempts")
@@ -373,7 +374,7 @@ class Controller:
                 await asyncio.wait_for(_value(host.stop.remote()), 20)
         if self.context is None:
             return
-        for task in self.fleet.reviving.values() if hasattr(self, "fleet") else ():
+        for task in self.fleet.background() if hasattr(self, "fleet") else ():
             task.cancel()
         with contextlib.suppress(Exception):
             self.ranks.stop()

@@ -36,20 +36,25 @@ class LearnerLoop:
         self.max_staleness = 0
         self.copy_processes: list[dict[str, Any]] = []
 
-    async def publish(self) -> None:
-        """Publish the current (or sampling) weights and offer them to every actor; version v follows step v."""
+    async def publish(self, wait: bool = True) -> None:
+        """Publish the current (or sampling) weights and offer them to every actor; version v follows step v.
+
+        wait: until every actor has taken note, so that none paints with what it held before (start, roll-back).
+        """
         start = time.monotonic()
         context = self.context
         published = await self.group.snapshot(context.step, context.step, self.fleet.nodes())
         context.store.add(published.offer, published.arrays, published.canary, published.on_nodes)
         context.ledger.published(context.step, published.offer.version)
         context.bell.ring()
-        await self.fleet.offer_all()
+        self.fleet.offer_all()
         seconds = time.monotonic() - start
         context.telemetry.observe("salon_weight_publish_seconds", seconds)
         context.telemetry.phase("learner", "publish", seconds)
         context.telemetry.gauge("salon_weight_version", published.offer.version)
         self._note_copies(published)
+        if wait:
+            await self.fleet.offered()
 
     def _note_copies(self, published: Publication) -> None:
         """Which processes hold host copies, when they are new; and that there are none, when a broadcast failed."""
@@ -116,7 +121,7 @@ class LearnerLoop:
         seconds = time.monotonic() - start
         context.telemetry.observe("salon_update_seconds", seconds)
         context.telemetry.phase("learner", "update", seconds)
-        await self.publish()
+        await self.publish(wait=False)
         self._report(report, {**job.credit.metrics, **report.metrics}, groups, staleness, seconds)
         if number % context.config.learner.state_every_steps == 0:
             await self.save()

@@ -1,8 +1,8 @@
 """Keeps every rollout actor busy: admits prompts, hands out tasks, takes receipts, replaces what died.
 
 Invariant: a prompt is admitted only while the admission rule allows it, and every task handed out ends as a receipt in
-the ledger, an expired lease, or a discard. An actor that dies or outlives its lease is restarted and offered the newest
-weights before it gets another task.
+the ledger, an expired lease, or a discard. An actor that dies, outlives its lease or does not take note of new weights
+is restarted and offered the newest weights before it gets another task; nobody else waits for it.
 Does not own: the admission rule (admission.py), painting (actors/), scoring (scoring_loop.py).
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.context import RunContext, Scored
 from cluster.workers import ActorWorker
-from contracts.errors import SalonError, StaleLease, WeightsNotProven
+from contracts.errors import SalonError, StaleLease, WeightsNotProven, WeightsTimeout
 from contracts.wire import DiscardReason, GroupState, PaintReceipt, PromptTask, Source
 
 MAX_UNPROVEN = 3
@@ -38,6 +38,7 @@ class ActorFleet:
         self.processes: dict[str, dict[str, Any]] = {}
         self.restarts = 0
         self.reviving: dict[str, asyncio.Task[None]] = {}
+        self.offering: dict[str, asyncio.Task[None]] = {}
 
     def _create(self, name: str) -> Any:
         rollout = self.context.config.rollout
@@ -50,9 +51,32 @@ class ActorFleet:
         infos = await asyncio.gather(*(_value(handle.ready.remote()) for handle in self.handles.values()))
         self.processes = dict(zip(self.names, infos, strict=True))
 
-    async def offer_all(self) -> None:
-        """Offer the newest weights to every actor. One that does not take them is left to its own loop."""
-        await self.context.store.wait_acknowledged({name: self._offer(name) for name in self.names})
+    def offer_all(self) -> None:
+        """Offer the newest weights to every actor, one offer at a time to each; returns at once."""
+        for name in self.names:
+            running = self.offering.get(name)
+            if running is None or running.done():
+                self.offering[name] = asyncio.create_task(self._offer_newest(name))
+
+    async def offered(self) -> None:
+        """Wait until every actor has taken note of the newest weights, those that must be brought back first too."""
+        await asyncio.gather(*self.offering.values())
+
+    async def _offer_newest(self, name: str) -> None:
+        """Until the actor has taken note of the newest weights. One that dies or hangs meanwhile is brought back."""
+        store, noted = self.context.store, None
+        try:
+            while noted is not store.latest:
+                if self.is_reviving(name):
+                    await asyncio.shield(self.reviving[name])
+                noted = store.latest
+                try:
+                    await asyncio.wait_for(_value(self._offer(name)), store.timeout_s)
+                except (RayError, TimeoutError) as error:  # RayError: the actor died, or the arrays with their node
+                    self.context.telemetry.event("offer_lost", actor=name, error=type(error).__name__)
+                    await self.revive_once(name, kill=isinstance(error, TimeoutError))
+        except SalonError as error:
+            self.context.stop(error)
 
     def _offer(self, name: str) -> Any:
         return self.context.store.offer_to(self.handles[name], self.processes[name]["node"])
@@ -74,7 +98,7 @@ class ActorFleet:
                 self.processes[name] = await asyncio.wait_for(_value(handle.ready.remote()), 60)
                 await asyncio.wait_for(_value(self._offer(name)), self.context.store.timeout_s)
                 return
-            except (RayActorError, TimeoutError):
+            except (RayError, TimeoutError):
                 await asyncio.sleep(1.0)
         raise SalonError(f"{name} did not come back after {REVIVE_ATTEMPTS} attempts")
 
@@ -84,6 +108,10 @@ class ActorFleet:
         if running is None or running.done():
             running = self.reviving[name] = asyncio.create_task(self.revive(name, kill))
         await asyncio.shield(running)
+
+    def background(self) -> list[asyncio.Task[None]]:
+        """What goes on beside the loops, to be cancelled at the end."""
+        return [*self.offering.values(), *self.reviving.values()]
 
     def is_reviving(self, name: str) -> bool:
         """Whether an actor is on its way back."""
@@ -194,6 +222,8 @@ class RolloutLoop:
             await self._replace_unproven(name, cause)
             return
         self.context.telemetry.event("paint_failed", actor=name, group=task.group_id, error=str(cause))
+        if isinstance(cause, WeightsTimeout):
+            await self.fleet.revive_once(name, kill=False)  # Ray has started it anew: nobody has offered it weights
         if task.source is not Source.FILES and state == "discarded":
             self.context.stop(cause)
 

@@ -4,21 +4,19 @@ Invariant: a version's arrays, digest and canary are published together, and an 
 proven it by the digest of its live tensors and by a canary output closer to this version than to the one before.
 The arrays live in the object store, one copy a node, read without copying; this process holds references only. With
 weights.transport `collective` every node has a reference of its own (host_copies.py).
-Does not own: how tensors are exported and loaded (policy/weights.py), when to publish (controller.py).
+Does not own: how tensors are exported and loaded (policy/weights.py), when to publish (learner_loop.py), who has taken
+note of an offer (rollout_loop.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 
-from contracts.errors import WeightsTimeout
 from contracts.wire import WeightOffer
 
 
@@ -71,26 +69,3 @@ class WeightStore:
         return actor.offer.remote(
             latest.generation, latest.offer, arrays, latest.canary_current, latest.canary_previous
         )
-
-    async def wait_acknowledged(self, acknowledgements: Mapping[str, Any]) -> list[str]:
-        """Names of the actors that did not take the offer in time."""
-        if not acknowledgements:
-            return []
-        names = list(acknowledgements)
-        results = await asyncio.gather(
-            *(asyncio.wait_for(_value(acknowledgements[name]), self.timeout_s) for name in names),
-            return_exceptions=True,
-        )
-        return [name for name, result in zip(names, results, strict=True) if isinstance(result, BaseException)]
-
-
-async def _value(ref: Any) -> Any:
-    return await ref
-
-
-def require_in_time(ref: Any, timeout_s: float, what: str) -> Any:
-    """ray.get with a deadline. Raises WeightsTimeout."""
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
-        raise WeightsTimeout(f"{what} did not arrive within {timeout_s:.0f} s") from error

@@ -33,6 +33,11 @@ def vault_name(group_id: int, count: int) -> str:
     return f"vault-{group_id % count}"
 
 
+FIRST_OFFER_S = 15.0
+"""How long a process waits for its first offer. Tasks come after it, unless Ray has started the process anew and nobody
+knows: then waiting is in vain, and the error tells."""
+
+
 class _PendingWeights:
     """The newest offer not yet loaded, and a condition to wait on it. Newer is a later generation, then version."""
 
@@ -53,8 +58,9 @@ class _PendingWeights:
         """Block until `version` or a later one is loaded or offered; returns the seconds waited."""
         start = time.monotonic()
         with self.condition:
-            if not self.condition.wait_for(lambda: self._available() >= version, timeout_s):
-                raise WeightsTimeout(f"version {version} was not offered within {timeout_s:.0f} s")
+            limit = timeout_s if self.newest > (-1, -1) else min(timeout_s, FIRST_OFFER_S)
+            if not self.condition.wait_for(lambda: self._available() >= version, limit):
+                raise WeightsTimeout(f"version {version} was not offered within {limit:.0f} s")
         return time.monotonic() - start
 
     def _available(self) -> int:
