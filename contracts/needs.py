@@ -32,7 +32,7 @@ def measures_drift(config: RunConfig) -> bool:
 def recomputes_always(config: RunConfig) -> bool:
     """Whether old log-probs are recomputed even for fresh groups."""
     choice = objective_field(config, "old_log_prob", "auto")
-    return choice == "recompute" or (choice == "auto" and config.model.dtype == "bf16")
+    return choice == "recompute" or (choice == "auto" and config.model.arithmetic == "bf16")
 
 
 def objective_field(config: RunConfig, name: str, default: Any) -> Any:

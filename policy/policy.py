@@ -171,6 +171,11 @@ class Policy:
             return self.family.encode(pixels / 127.5 - 1.0)
 
 
+def _autocast_inside(network: nn.Module, device: torch.device) -> None:
+    """bf16 products within the network's own forward: DeepSpeed switches off an autocast that is entered outside it."""
+    network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)  # type: ignore[method-assign]
+
+
 def _device(config: ModelConfig) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.config.base import Section
 
@@ -29,5 +29,19 @@ class ModelConfig(Section):
         default=None, description="a LoRA safetensors file or folder, or a diffusers folder whose transformer is taken"
     )
     dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="compute dtype; transitions stay in fp32")
+    autocast: bool = Field(
+        default=False, description="bf16 matrix products on fp32 weights (torch.autocast); dtype must be fp32"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False
+
+    @property
+    def arithmetic(self) -> Literal["fp32", "bf16"]:
+        """Precision of the network's products: what replay and rollout may differ by."""
+        return "bf16" if self.autocast else self.dtype
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> ModelConfig:
+        if self.autocast and self.dtype != "fp32":
+            raise ValueError("autocast keeps fp32 weights: set dtype to fp32, or autocast to false")
+        return self

@@ -64,7 +64,7 @@ class ObjectiveContext:
 
     @classmethod
     def of_run(cls, config: RunConfig, policy: Policy, score_gradient: ScoreGradient | None = None) -> ObjectiveContext:
-        return cls(policy, config.sampler, config.seed, policy.latent_shape, config.model.dtype, score_gradient)
+        return cls(policy, config.sampler, config.seed, policy.latent_shape, config.model.arithmetic, score_gradient)
 
 
 class ModelHandle:

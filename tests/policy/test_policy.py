@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from contracts.config.model import ModelConfig
 from contracts.errors import ConfigError
 from policy.policy import Policy
 from policy.types import EmbeddingBatch, PromptEmbedding
@@ -215,3 +216,18 @@ def test_damaged_folders_are_told(load_policy: Load, tiny_model_folder: Path, tm
         weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ConfigError, match=r"model\.path"):
         load_policy(path=str(folder))
+
+
+def test_autocast_multiplies_in_bf16_and_keeps_fp32_weights(tiny_model_folder: Path) -> None:
+    exact = Policy.load(ModelConfig(path=str(tiny_model_folder)), 0, trainable=True)
+    quick = Policy.load(ModelConfig(path=str(tiny_model_folder), autocast=True), 0, trainable=True)
+    cond = EmbeddingBatch.stack([exact.encode_prompt("a red circle")] * 2, exact.device, exact.dtype)
+    x, s = torch.randn(2, *exact.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.3])
+    v, v_quick = exact.velocity(x, s, cond), quick.velocity(x, s, cond)
+    assert v_quick.dtype == torch.float32
+    assert not torch.equal(v, v_quick)
+    assert torch.allclose(v, v_quick, atol=0.05 * float(v.abs().max()))
+    v_quick.square().mean().backward()
+    gradients = [parameter.grad for parameter in quick.trainable().values() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
