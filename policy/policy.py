@@ -59,6 +59,8 @@ class Policy:
             inject_lora(network, config.lora, family.lora_targets, seed)
         if config.warm_start is not None:
             apply_warm_start(network, config, family)
+        if config.autocast:
+            _autocast_inside(network, device)
         policy = cls(config, family, network.to(device), device, dtype)
         policy._set_mode(trainable)
         return policy
