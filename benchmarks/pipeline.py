@@ -7,8 +7,9 @@ actors are in the middle of their groups, and the row says how many images that 
 At most (max_staleness + 1) * groups_per_step groups are live at once, so throughput is also at most that many over
 the time from a prompt's admission to the publication of its step. With staleness 1 that leaves the house the learner's
 idle 20 % for everything it adds between painting and publication. It takes some 30 ms of processor time a group, all
-processes together: 64 actors that finish at the same instant ask for two seconds of it, on however many cores. Painting
-takes 0.5, 2 and 8 seconds at 1, 8 and 64 actors, still far below a real model's.
+processes together: 64 actors that finish together ask for two seconds of it, on however many cores. Painting takes 0.5,
+2 and 8 seconds at 1, 8 and 64 actors, still far below a real model's, give or take 5 % from group to group: actors in
+lockstep would measure how two cores take 64 processes that wake at one instant.
 
 Each figure is the median over windows of two consecutive steps of one run, with a 95 % interval of the median.
 
@@ -66,7 +67,7 @@ def measure(actors: int, windows: int) -> dict[str, Any]:
 
 def _tree(folder: str, actors: int, paint_s: float, groups: int, windows: int) -> dict[str, Any]:
     step_s = paint_s * groups / actors
-    times = {"paint_s": paint_s, "update_s": 0.8 * step_s, "load_s": 0.002, "weight_mb": 1.0}
+    times = {"paint_s": paint_s, "jitter": 0.05, "update_s": 0.8 * step_s, "load_s": 0.002, "weight_mb": 1.0}
     return {
         "name": f"pipeline-{actors}",
         "runs_dir": folder,
