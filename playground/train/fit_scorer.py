@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from playground.train.sample import Settings, paint
 from playground.train.scorer import WEIGHTS, Scorer, encode_specs
@@ -67,9 +68,9 @@ def spoil(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Leaves half as they are; blurs, adds noise, erases a part or fades the others."""
     way = rng.integers(8)
     if way == 0:
-        return noisy(picture, rng, rng.uniform(0.02, 0.25))
+        return noisy(picture, rng, rng.uniform(0.02, 0.15))
     if way == 1:
-        return blurred(picture, rng, rng.uniform(0.4, 2.0))
+        return blurred(picture, rng, rng.uniform(0.4, 1.5))
     if way == 2:
         left, top = rng.integers(0, 24, 2)
         picture = picture.copy()
@@ -86,20 +87,21 @@ def batch_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     pictures, specs, scores = zip(*(draw(split, painted, rng) for _ in range(size)), strict=True)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return images, encode_specs(specs), torch.tensor(scores)
+    return images, encode_specs(specs), torch.tensor(scores, dtype=torch.float32)
 
 
 def fit(painted: Painted, steps: int, seed: int, lr: float = 2e-3, size: int = 64) -> Scorer:
-    """Least squares on the dense score, cosine learning rate."""
+    """Cross-entropy with the dense score, which tells nearly right from right better than least squares does."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = Scorer()
+    model = Scorer().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     losses = []
     for step in range(steps):
         images, specs, scores = batch_of("train", painted, size, rng)
-        loss = (model(images, specs) - scores).square().mean()
+        images = images.to(memory_format=torch.channels_last)
+        loss = binary_cross_entropy_with_logits(model.logits(images, specs), scores)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -130,7 +132,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, default=Path("playground/base"))
-    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
