@@ -41,7 +41,10 @@ def _refuse(errors: list[ConfigError]) -> None:
 
 
 def start_ray(config: RunConfig) -> bool:
-    """Join the cluster of cluster.address or RAY_ADDRESS, or start a local Ray. True if it was started here."""
+    """Join the cluster of cluster.address or RAY_ADDRESS, or start a local Ray. True if it was started here.
+
+    Without an address a cluster that happens to run on this machine is left alone.
+    """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address:
         _ensure_token()  # before Ray is imported: it reads the mode then, and never again
@@ -56,7 +59,7 @@ def start_ray(config: RunConfig) -> bool:
         ray.init(address=address, **options)
         return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
     ray.init(
-        num_cpus=config.cluster.num_cpus or local_cpus(config), include_dashboard=False,
+        address="local", num_cpus=config.cluster.num_cpus or local_cpus(config), include_dashboard=False,
         object_store_memory=config.cluster.object_store_mb * 2**20, **options,
     )  # fmt: skip
     return True
