@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if sys.prefix != sys.base_prefix:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,10 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     build_pipeline(size="tiny", seed=0).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_debug_left_behind() -> Iterator[None]:
+    """`--debug` is for a process; a command line run within the tests' own must not turn it on for the others."""
+    yield
+    os.environ.pop("SALON_DEBUG", None)
