@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from learner.engines.compiled_op import path_with_environment
+
 if TYPE_CHECKING:
     from cluster.export import Weights
     from contracts.config import RunConfig
@@ -53,8 +55,7 @@ def main(debug: bool) -> None:
 
 def _prepare_environment() -> None:
     """What child processes inherit: ninja on the path, and torch's extensions kept with the environment they fit."""
-    scripts = str(Path(sys.executable).parent)
-    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    os.environ["PATH"] = path_with_environment()
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 

@@ -70,7 +70,6 @@ class RunContext:
     step: int = 0  # learner steps finished
     stopping: bool = False
     failure: BaseException | None = None
-    started: float = field(default_factory=time.monotonic)
     train_started: float | None = None
 
     def vault(self, name: str | None) -> Any:

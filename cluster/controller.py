@@ -41,6 +41,7 @@ from cluster.learner_group import LearnerGroup
 from cluster.learner_loop import LearnerLoop
 from cluster.ledger import Ledger
 from cluster.observed import export_observed
+from cluster.refs import value
 from cluster.rollout_loop import ActorFleet, RolloutLoop
 from cluster.run_folder import RunFolder
 from cluster.scoring import Dispatcher
@@ -131,7 +132,7 @@ class Controller:
         self.fleet = ActorFleet(self.context, self.parts.painter)
         self.ranks = LearnerGroup(config, vaults, scorers, self.parts.learner)
         self.dispatcher = Dispatcher.remote(scorers, config.reward, vaults)
-        await asyncio.gather(self.fleet.start(), self.ranks.start(), _value(self.dispatcher.ready.remote()))
+        await asyncio.gather(self.fleet.start(), self.ranks.start(), value(self.dispatcher.ready.remote()))
         self.scoring = ScoringLoop(self.context, self.dispatcher)
         self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
         self.learner = LearnerLoop(self.context, self.ranks, self.fleet)
@@ -169,8 +170,8 @@ class Controller:
                 continue
             host = ServerHost.options(num_cpus=0, num_gpus=scorer.gpus or 0).remote(scorer)
             self.hosts.append(host)
-            url = await _value(host.start.remote())
-            self.server_processes.append(await _value(host.info.remote()))
+            url = await value(host.start.remote())
+            self.server_processes.append(await value(host.info.remote()))
             resolved.append(scorer.model_copy(update={"urls": (url,), "serve": None}))
         return resolved
 
@@ -328,7 +329,7 @@ class Controller:
             try:
                 paint = self.fleet.handles[name].paint_images.options(num_returns=2)
                 done, images = paint.remote(chunk.prompts, chunk.sampling, chunk.seeds)
-                await asyncio.wait_for(_value(done), self.config.rollout.lease_s)  # the images stay where they are
+                await asyncio.wait_for(value(done), self.config.rollout.lease_s)  # the images stay where they are
                 return images
             except (ray.exceptions.RayActorError, TimeoutError) as error:
                 await self.fleet.revive_once(name, kill=isinstance(error, TimeoutError))
@@ -341,7 +342,7 @@ class Controller:
         assert context is not None
         if not wanted:
             return
-        images = (await _value(results[0][0]))[:wanted]
+        images = (await value(results[0][0]))[:wanted]
         grid = image_grid(images)
         path = context.folder.save_image(f"{tag.replace(' ', '-')}.png", grid)
         captions = [prompt.text for prompt in plan.prompts[: len(images)]]
@@ -371,7 +372,7 @@ class Controller:
     async def _tear_down(self) -> None:
         for host in self.hosts:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(_value(host.stop.remote()), 20)
+                await asyncio.wait_for(value(host.stop.remote()), 20)
         if self.context is None:
             return
         for task in self.fleet.background() if hasattr(self, "fleet") else ():
@@ -420,7 +421,3 @@ class ControllerActor(Controller):
 
     async def status(self) -> dict[str, Any]:  # type: ignore[override]
         return super().status()
-
-
-async def _value(ref: Any) -> Any:
-    return await ref

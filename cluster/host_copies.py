@@ -26,6 +26,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.refs import value
 from contracts.config.learner import WeightsConfig
 from contracts.digests import digest_arrays
 from contracts.errors import WeightsError, WeightsTimeout
@@ -235,7 +236,7 @@ class HostCopies:
 
     async def _all(self, refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Every member's answer. Raises WeightsError at the first failure, WeightsTimeout at the deadline."""
-        tasks = {member: asyncio.ensure_future(_value(ref)) for member, ref in refs.items()}
+        tasks = {member: asyncio.ensure_future(value(ref)) for member, ref in refs.items()}
         done, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         for task in pending:
             task.cancel()
@@ -283,7 +284,3 @@ def _line(error: BaseException | None) -> str:
     """The first line of an error; torch appends its stack to the message."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
-
-
-async def _value(ref: Any) -> Any:
-    return await ref

@@ -20,6 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.host_copies import HostCopies
+from cluster.refs import value
 from cluster.workers import RankWorker
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
@@ -73,7 +74,7 @@ class LearnerGroup:
         bundle = {"CPU": learner.cpus_per_rank, **({"GPU": learner.gpus_per_rank} if learner.gpus_per_rank else {})}
         self.placement = placement_group([bundle] * learner.ranks, strategy="PACK")
         try:
-            await asyncio.wait_for(_value(self.placement.ready()), limit)
+            await asyncio.wait_for(value(self.placement.ready()), limit)
         except TimeoutError:
             raise LearnerError(f"no room for {learner.ranks} learner ranks of {bundle} within {limit:.0f} s") from None
         self.ranks = [self._create(rank) for rank in range(learner.ranks)]
@@ -126,7 +127,7 @@ class LearnerGroup:
         if copies is None:
             return Publication(offer, canary, refs[0][1])
         try:
-            on_nodes = await copies.fill(self.ranks[0], offer, await _value(refs[0][1]), nodes)
+            on_nodes = await copies.fill(self.ranks[0], offer, await value(refs[0][1]), nodes)
         except WeightsError as error:
             self.lost_broadcasts += 1
             return Publication(offer, canary, await self._kept_arrays(), lost=str(error))
@@ -149,7 +150,7 @@ class LearnerGroup:
 
     async def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
         """All results, or RankLost at the first death or at the deadline (a hung rank is not noticed otherwise)."""
-        tasks = [asyncio.ensure_future(_value(ref)) for ref in refs]
+        tasks = [asyncio.ensure_future(value(ref)) for ref in refs]
         done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         errors = {tasks.index(task): task.exception() for task in done if task.exception() is not None}
         if not errors and not pending:
@@ -184,7 +185,3 @@ def _last_line(error: BaseException | None) -> str:
 def _is_collective_error(error: BaseException | None) -> bool:
     text = str(error).lower()
     return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "process group"))
-
-
-async def _value(ref: Any) -> Any:
-    return await ref

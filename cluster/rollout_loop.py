@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.context import RunContext, Scored
+from cluster.refs import value
 from cluster.workers import ActorWorker
 from contracts.errors import SalonError, StaleLease, WeightsNotProven, WeightsTimeout
 from contracts.wire import DiscardReason, GroupState, PaintReceipt, PromptTask, Source
@@ -48,7 +49,7 @@ class ActorFleet:
     async def start(self) -> None:
         """Create every actor and wait until all have loaded their model."""
         self.handles = {name: self._create(name) for name in self.names}
-        infos = await asyncio.gather(*(_value(handle.ready.remote()) for handle in self.handles.values()))
+        infos = await asyncio.gather(*(value(handle.ready.remote()) for handle in self.handles.values()))
         self.processes = dict(zip(self.names, infos, strict=True))
 
     def offer_all(self) -> None:
@@ -71,7 +72,7 @@ class ActorFleet:
                     await asyncio.shield(self.reviving[name])
                 noted = store.latest
                 try:
-                    await asyncio.wait_for(_value(self._offer(name)), store.timeout_s)
+                    await asyncio.wait_for(value(self._offer(name)), store.timeout_s)
                 except (RayError, TimeoutError) as error:  # RayError: the actor died, or the arrays with their node
                     self.context.telemetry.event("offer_lost", actor=name, error=type(error).__name__)
                     await self.revive_once(name, kill=isinstance(error, TimeoutError))
@@ -95,8 +96,8 @@ class ActorFleet:
             ray.kill(handle, no_restart=False)
         for _ in range(REVIVE_ATTEMPTS):
             try:
-                self.processes[name] = await asyncio.wait_for(_value(handle.ready.remote()), 60)
-                await asyncio.wait_for(_value(self._offer(name)), self.context.store.timeout_s)
+                self.processes[name] = await asyncio.wait_for(value(handle.ready.remote()), 60)
+                await asyncio.wait_for(value(self._offer(name)), self.context.store.timeout_s)
                 return
             except (RayError, TimeoutError):
                 await asyncio.sleep(1.0)
@@ -181,7 +182,7 @@ class RolloutLoop:
     async def _paint(self, name: str, task: PromptTask) -> None:
         handle = self.fleet.handles[name]
         try:
-            receipt = await asyncio.wait_for(_value(handle.paint.remote(task)), task.deadline_s)
+            receipt = await asyncio.wait_for(value(handle.paint.remote(task)), task.deadline_s)
         except (RayActorError, TimeoutError) as error:
             self.context.telemetry.event("paint_lost", actor=name, group=task.group_id, error=type(error).__name__)
             self._give_back(task)
@@ -199,7 +200,7 @@ class RolloutLoop:
         except StaleLease as error:
             telemetry.event("late_result", actor=name, group=task.group_id, attempt=task.attempt, why=str(error))
             return
-        header = await _value(self.context.vault(receipt.vault).header.remote(task.group_id, task.attempt))
+        header = await value(self.context.vault(receipt.vault).header.remote(task.group_id, task.attempt))
         self.context.groups[task.group_id] = Scored(header)
         telemetry.observe("salon_paint_seconds", receipt.paint_seconds, actor=name)
         telemetry.count("salon_images_painted_total", task.group_size)
@@ -245,7 +246,3 @@ class RolloutLoop:
             return "stale"
         finally:
             self.context.bell.ring()
-
-
-async def _value(ref: Any) -> Any:
-    return await ref

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
+from cluster.refs import value
 from contracts import registry
 from contracts.config.scoring import RewardConfig, ScorerConfig
 from contracts.declarations import ScorerGives
@@ -136,7 +137,7 @@ class Dispatcher:
         """Tables of a stored group and the seconds each scorer took."""
         handle = self.vaults[vault]
         header_ref, arrays_ref = handle.header.remote(group_id), handle.get.remote(group_id, ("images",))
-        header, arrays = await asyncio.gather(_value(header_ref), _value(arrays_ref))
+        header, arrays = await asyncio.gather(value(header_ref), value(arrays_ref))
         tables = await self._score(header, arrays["images"])
         return tables, dict(self.jury.seconds)
 
@@ -154,7 +155,3 @@ class Dispatcher:
     async def stats(self) -> dict[str, Any]:
         """What each client counted: requests, retries, breaker state."""
         return {name: judge.stats for name, judge in self.jury.judges.items()}
-
-
-async def _value(ref: Any) -> Any:
-    return await ref

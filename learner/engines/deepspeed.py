@@ -18,10 +18,8 @@ import importlib.util
 import logging
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,7 +28,7 @@ from torch import Tensor, nn
 from contracts.config.learner import OptimizerConfig
 from contracts.errors import ConfigError, LearnerError
 from learner.engines.base import Engine, EngineStep, ParamGroup, TensorKind, adamw, create_adam_state, ensure_adam_state
-from learner.engines.compiled_op import load_communication_op
+from learner.engines.compiled_op import load_communication_op, path_with_environment
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -53,7 +51,7 @@ def deepspeed_usable() -> tuple[bool, str]:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         return False, "no C++ compiler (g++): on a CPU DeepSpeed compiles its communication op"
-    if shutil.which("ninja", path=_path_with_venv()) is None:
+    if shutil.which("ninja", path=path_with_environment()) is None:
         return False, "no ninja: on a CPU DeepSpeed compiles its communication op with it"
     return True, ""
 
@@ -275,7 +273,7 @@ def _settings(stage: int, dtype: str, config: OptimizerConfig, world_size: int) 
 
 def _prepare_process() -> None:
     """What DeepSpeed finds out for itself with a warning, or not at all. Before it is imported."""
-    os.environ["PATH"] = _path_with_venv()  # ninja stands beside the interpreter; a worker's PATH may lack it
+    os.environ["PATH"] = path_with_environment()  # ninja stands beside the interpreter; a worker's PATH may lack it
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # one a collective call of DeepSpeed's
@@ -288,8 +286,3 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the import sets it
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
-
-
-def _path_with_venv() -> str:
-    here, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
-    return path if here in path.split(os.pathsep) else here + os.pathsep + path
