@@ -23,6 +23,7 @@ from contracts.errors import ConfigError
 from contracts.registry import resolve
 from policy.adapters import ADAPTER, adapters_disabled, canonical_name, inject_lora
 from policy.families.base import Family
+from policy.precision import autocast_inside
 from policy.types import EmbeddingBatch, PromptEmbedding
 from policy.warm_start import apply_warm_start
 
@@ -60,7 +61,7 @@ class Policy:
         if config.warm_start is not None:
             apply_warm_start(network, config, family)
         if config.autocast:
-            _autocast_inside(network, device)
+            autocast_inside(network, device, config.gradient_checkpointing)
         policy = cls(config, family, network.to(device), device, dtype)
         policy._set_mode(trainable)
         return policy
@@ -171,11 +172,6 @@ class Policy:
         pixels = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2).float()
         with torch.no_grad():
             return self.family.encode(pixels / 127.5 - 1.0)
-
-
-def _autocast_inside(network: nn.Module, device: torch.device) -> None:
-    """bf16 products within the network's own forward: DeepSpeed switches off an autocast that is entered outside it."""
-    network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)  # type: ignore[method-assign]
 
 
 def _device(config: ModelConfig) -> torch.device:

@@ -19,7 +19,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +27,7 @@ import torch.multiprocessing as mp
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
 from playground.train.pipeline import (
@@ -45,6 +42,7 @@ from playground.world.captions import KINDS, Spec
 from playground.world.prompts import allowed_in_train, held_out_prompts, specs_by_kind
 from playground.world.render import render
 from playground.world.scenes import SIZE, sample_scene
+from policy.precision import PlainAttention
 
 EASY_KINDS = ("single", "colour")
 """Learnt first and never evaluated: drawn half as often as the others."""
@@ -92,20 +90,6 @@ class Trainee(nn.Module):
             pooled_projections=torch.cat([first.text_embeds, second.text_embeds], dim=-1),
             return_dict=False,
         )[0]
-
-
-class Float32Attention(TorchFunctionMode):
-    """Attention in fp32 under autocast: the CPU's bf16 kernel takes five times as long backwards."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value, *rest = args
-        with torch.autocast(query.device.type, enabled=False):
-            wide = func(query.float(), key.float(), value.float(), *rest, **(kwargs or {}))
-        return wide.to(value.dtype)
 
 
 def start_from_zero(trainee: Trainee) -> None:
@@ -200,7 +184,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run, self.step)
         bf16 = self.run.precision == "bf16"
-        on_cpu = Float32Attention() if self.device.type == "cpu" else nullcontext()
+        on_cpu = PlainAttention() if self.device.type == "cpu" else nullcontext()
         with on_cpu, torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             predicted = self.model(noised, sigma, ids)
         loss = (predicted.float() - velocity).square().mean()
