@@ -13,7 +13,8 @@ What goes wrong on the way becomes outcomes with reasons, never an exception and
 | other 4xx                               | FAILED at once: the same request would be refused again            |
 | 200 with failed or non-finite entries   | those entries FAILED, the others kept                              |
 
-Does not own: one exchange (endpoint), circuit and budget (breaker), cutting into requests (parts).
+Does not own: one exchange (endpoint), retries and fail-over (persist), circuit and budget (breaker), cutting into
+requests (parts).
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from pydantic import ValidationError
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from contracts.config.scoring import ScorerConfig
 from contracts.declarations import ScorerGives
@@ -37,12 +37,10 @@ from contracts.scores import Outcome, ScoreRequest, ScorerInfo, ScoreTable
 from reward_servers.client.breaker import CircuitBreaker, RetryBudget
 from reward_servers.client.endpoint import AttemptFailed, Endpoint
 from reward_servers.client.parts import Images, Part, make_part
+from reward_servers.client.persist import Persistence
 from reward_servers.client.stats import ClientStats
 from reward_servers.client.tables import Expected, blank_table, join
 
-T = TypeVar("T")
-
-_BACK_OFF = wait_random_exponential(multiplier=0.1, max=5.0)  # "full jitter": uniform in [0, 0.1 * 2^n]
 _HEADER_BYTES = 64 * 1024  # room for prompts and metadata beside the pixels in max_body_bytes
 
 
@@ -67,10 +65,12 @@ class RewardClient:
         self._gives = gives
         self._info: ScorerInfo | None = None
         self._info_stale = False
-        self._budget = RetryBudget(config.retry_budget)
         self._slots = asyncio.Semaphore(config.concurrency)
         self._stats = ClientStats(config.name)
-        self._turn = 0
+        self._persist = Persistence(
+            self.endpoints, RetryBudget(config.retry_budget), self._stats, config.timeout_s, config.max_retries,
+            refused=self._doubt_info,
+        )  # fmt: skip
         self._http = httpx.AsyncClient(
             headers=_headers(config.token_env), timeout=None, trust_env=False, follow_redirects=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
@@ -151,7 +151,7 @@ class RewardClient:
         try:
             async with _until(deadline), self._slots:
                 expected = part.expected(info, want_gradients)
-                return await self._persist(lambda e, s: self._ask(e, s, part, expected), deadline, history)
+                return await self._persist.ask(lambda e, s: self._ask(e, s, part, expected), deadline, history)
         except AttemptFailed as error:
             return self._blank(part, want_gradients, error.outcome, error.reason)
         except TimeoutError:
@@ -181,95 +181,14 @@ class RewardClient:
                 "timeout", f"no server was ready before the deadline{last}", Outcome.TIMED_OUT
             ) from None
 
+    def _doubt_info(self) -> None:
+        self._info_stale = True  # what we know of the server may have become wrong
+
     async def _ensure_info(self, deadline: float, history: list[AttemptFailed]) -> ScorerInfo:
         if self._info is None or self._info_stale:
-            self._info = await self._persist(lambda e, s: e.info(self._http, s), deadline, history)
+            self._info = await self._persist.ask(lambda e, s: e.info(self._http, s), deadline, history)
             self._info_stale = False
         return self._info
-
-    async def _persist(
-        self,
-        ask: Callable[[Endpoint, float], Awaitable[T]],
-        deadline: float,
-        history: list[AttemptFailed],
-    ) -> T:
-        """Asks until it works, is refused for good, or costs too much. Raises the last AttemptFailed.
-
-        history: every failed attempt is appended, for the caller that is cut off by its deadline.
-        """
-        self._budget.earn()
-        tried: list[Endpoint] = []
-
-        def worth_it(error: BaseException) -> bool:
-            if not isinstance(error, AttemptFailed):
-                return False
-            history.append(error)
-            self._stats.failures[error.cause] += 1
-            return self._worth_it(error, history, tried)
-
-        def count(_: RetryCallState) -> None:
-            self._stats.retries += 1
-
-        async def once() -> T:
-            tried.append(await self._pick(tried))
-            return await self._guarded(tried[-1], ask, deadline)
-
-        retrying = AsyncRetrying(retry=retry_if_exception(worth_it), wait=_wait_s, before_sleep=count, reraise=True)
-        return await retrying(once)
-
-    def _worth_it(self, error: AttemptFailed, history: list[AttemptFailed], tried: list[Endpoint]) -> bool:
-        """Whether to try again after `error`, the last of history; a costly retry is taken from the budget."""
-        if error.retry == "wait":
-            return True
-        if error.retry == "yes":
-            if sum(earlier.retry == "yes" for earlier in history) > self.config.max_retries:
-                return False
-            if self._budget.take():
-                return True
-            error.reason += " (retry budget spent)"
-            return False
-        self._info_stale = True  # what we know of the server may have become wrong
-        return error.retry == "elsewhere" and len(set(tried)) < len(self.endpoints)
-
-    async def _pick(self, tried: Sequence[Endpoint]) -> Endpoint:
-        """The healthy replica that this request tried least and that has the least to do.
-
-        Waits while all circuits are open or all servers asked to be left alone.
-        """
-        while True:
-            now = time.monotonic()
-            self._turn += 1
-            order = [self.endpoints[(self._turn + i) % len(self.endpoints)] for i in range(len(self.endpoints))]
-            free = [endpoint for endpoint in order if endpoint.wait_s(now) == 0]
-            if free:
-                chosen = min(free, key=lambda endpoint: (tried.count(endpoint), endpoint.in_flight))
-                chosen.breaker.enter(now)
-                return chosen
-            await asyncio.sleep(max(0.005, min(endpoint.wait_s(now) for endpoint in order)))
-
-    async def _guarded(self, endpoint: Endpoint, ask: Callable[[Endpoint, float], Awaitable[T]], deadline: float) -> T:
-        """One attempt, reported to the circuit breaker however it ends."""
-        self._stats.requests += 1
-        endpoint.in_flight += 1
-        timeout_s = max(0.001, min(self.config.timeout_s, deadline - time.monotonic()))
-        try:
-            result = await ask(endpoint, timeout_s)
-        except AttemptFailed as error:
-            if error.blames:
-                endpoint.breaker.failed(time.monotonic())
-            else:
-                endpoint.breaker.released()
-            raise
-        except BaseException:  # cancelled: by the deadline, which the server missed, or by our caller
-            if time.monotonic() >= deadline - 0.05:
-                endpoint.breaker.failed(time.monotonic())
-            else:
-                endpoint.breaker.released()
-            raise
-        finally:
-            endpoint.in_flight -= 1
-        endpoint.breaker.succeeded()
-        return result
 
     def _blank(self, part: Part, want_gradients: bool, outcome: Outcome, reason: str) -> ScoreTable:
         kind, columns, version = "point", tuple(self.config.weights) or ("score",), ""
@@ -280,14 +199,6 @@ class RewardClient:
         shape = part.shape if want_gradients else None
         expected = Expected(kind, columns, len(part), shape)  # type: ignore[arg-type]
         return blank_table(self.config.name, version, expected, outcome, reason)
-
-
-def _wait_s(state: RetryCallState) -> float:
-    """Back-off with jitter; a server that named a time is left alone by _pick, so only the jitter is added."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, AttemptFailed) and error.retry_after_s > 0:
-        return 0.0 if state.attempt_number == 1 else _BACK_OFF(state) * 0.1
-    return _BACK_OFF(state)
 
 
 def _until(deadline: float) -> asyncio.Timeout:

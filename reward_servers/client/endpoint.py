@@ -1,7 +1,7 @@
 """One URL of a scorer: a single exchange over HTTP, with every answer distrusted until checked.
 
 Bodies are read with a limit while they stream, so 50 MB of garbage are never held; a slow drip ends with the timeout.
-Does not own: retries and fail-over (client), what a table must satisfy (tables).
+Does not own: retries and fail-over (persist), what a table must satisfy (tables).
 """
 
 from __future__ import annotations
