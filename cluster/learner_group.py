@@ -106,9 +106,9 @@ class LearnerGroup:
             self.placement = None
 
     async def update(self, job: StepJob) -> StepReport:
-        """One learner step on every rank; rank 0's report (metrics are reduced over ranks)."""
+        """One learner step on every rank; rank 0's report (metrics are reduced over ranks) with all ranks' spans."""
         reports = await self._call_all("update", ray.put(job))
-        return reports[0]
+        return reports[0].model_copy(update={"spans": tuple(span for report in reports for span in report.spans)})
 
     async def values(self, job: StepJob) -> dict[int, np.ndarray]:
         """Critic values [G,K] by group, merged over ranks."""

@@ -50,7 +50,7 @@ class LearnerLoop:
         self.fleet.offer_all()
         seconds = time.monotonic() - start
         context.telemetry.observe("salon_weight_publish_seconds", seconds)
-        context.telemetry.phase("learner", "publish", seconds)
+        context.telemetry.phase("learner", "publish", seconds, lane="publish")
         context.telemetry.gauge("salon_weight_version", published.offer.version)
         self._note_copies(published)
         if wait:
@@ -95,7 +95,7 @@ class LearnerLoop:
             return bool(ids)
 
         await context.bell.wait_until(try_claim)
-        context.telemetry.phase("learner", "wait_for_groups", time.monotonic() - start)
+        context.telemetry.phase("learner", "wait_for_groups", time.monotonic() - start, lane="learner")
         return claimed
 
     def _discard_late(self) -> None:
@@ -120,10 +120,11 @@ class LearnerLoop:
         context.step = number
         seconds = time.monotonic() - start
         context.telemetry.observe("salon_update_seconds", seconds)
-        context.telemetry.phase("learner", "update", seconds)
+        context.telemetry.phase("learner", "update", seconds, lane="learner")
+        context.telemetry.spans(report.spans, step=number)
         await self.publish(wait=False)
         self._report(report, {**job.credit.metrics, **report.metrics}, groups, staleness, seconds)
-        if number % context.config.learner.state_every_steps == 0:
+        if number % context.config.checkpoint.every_steps == 0:
             await self.save()
         context.bell.ring()
 
@@ -179,7 +180,7 @@ class LearnerLoop:
         context.folder.remove_checkpoint(older)
         seconds = time.monotonic() - start
         context.telemetry.observe("salon_checkpoint_seconds", seconds)
-        context.telemetry.phase("learner", "save_state", seconds)
+        context.telemetry.phase("learner", "save_state", seconds, lane="learner")
 
     async def _rebuild(self, lost: RankLost) -> None:
         """Bring the learner back to its last state; once more when a rank is lost meanwhile.

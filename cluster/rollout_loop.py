@@ -160,7 +160,8 @@ class RolloutLoop:
 
     def _start(self, name: str, task: PromptTask) -> None:
         if self.in_hand[name] == 0:
-            self.context.telemetry.phase("actor", "wait_for_prompt", time.monotonic() - self.free_since[name])
+            waited = time.monotonic() - self.free_since[name]
+            self.context.telemetry.phase("actor", "wait_for_prompt", waited, lane=name)
         self.in_hand[name] += 1
         painting = asyncio.create_task(self._paint(name, task))
         self.tasks.add(painting)
@@ -207,6 +208,7 @@ class RolloutLoop:
         telemetry.phase("actor", "paint", receipt.paint_seconds)
         telemetry.phase("actor", "store", receipt.store_seconds)
         telemetry.phase("actor", "wait_for_weights", receipt.wait_weights_seconds)
+        telemetry.spans(receipt.spans, group=task.group_id, version=receipt.weight_version)
         if receipt.proof is not None:
             telemetry.observe("salon_weight_load_seconds", receipt.proof.load_seconds, actor=name)
             telemetry.event("weights_proven", actor=name, **receipt.proof.model_dump())

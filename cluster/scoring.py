@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +21,8 @@ from contracts import registry
 from contracts.config.scoring import RewardConfig, ScorerConfig
 from contracts.declarations import ScorerGives
 from contracts.scores import Outcome, ScoreTable, failed_table
-from contracts.wire import GroupHeader, PromptSpec
+from contracts.spans import wall_clock
+from contracts.wire import GroupHeader, PromptSpec, Span
 
 
 class Judge(Protocol):
@@ -57,7 +57,6 @@ class Jury:
         self.scorers = {scorer.name: scorer for scorer in scorers}
         self.judges: dict[str, Judge] = {scorer.name: make_judge(scorer) for scorer in scorers}
         self.reward = reward
-        self.seconds: dict[str, float] = {}
 
     async def score(
         self,
@@ -66,14 +65,16 @@ class Jury:
         metadata: Sequence[dict[str, Any]],
         names: Sequence[str] | None = None,
         group: bool = False,
+        spans: dict[str, Span] | None = None,
     ) -> dict[str, ScoreTable]:
         """One table a scorer, for N images. Optional scorers get a grace after the required ones have answered.
 
         group: the images are one group that is to be trained on; otherwise an evaluation, which waits for everyone.
+        spans: filled with when each scorer was asked and how long it took.
         """
         chosen = [self.scorers[name] for name in (names or self.scorers)]
         tasks = {
-            scorer.name: asyncio.create_task(self._one(scorer, images, prompts, metadata), name=scorer.name)
+            scorer.name: asyncio.create_task(self._one(scorer, images, prompts, metadata, spans), name=scorer.name)
             for scorer in chosen
         }
         required = [tasks[s.name] for s in chosen if s.required or s.held_out or not group]
@@ -85,13 +86,20 @@ class Jury:
         return {name: self._table(name, task, len(images)) for name, task in tasks.items()}
 
     async def _one(
-        self, scorer: ScorerConfig, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self,
+        scorer: ScorerConfig,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        spans: dict[str, Span] | None,
     ) -> ScoreTable:
-        start = time.monotonic()
+        start = wall_clock()
         try:
             return await self.judges[scorer.name].score(images, prompts, metadata, deadline_s=scorer.deadline_s)
         finally:
-            self.seconds[scorer.name] = time.monotonic() - start
+            if spans is not None:
+                took = wall_clock() - start
+                spans[scorer.name] = Span(lane=f"scorer {scorer.name}", name="score", start=start, seconds=took)
 
     def _table(self, name: str, task: asyncio.Task[ScoreTable], num_images: int) -> ScoreTable:
         if not task.done():
@@ -133,17 +141,17 @@ class Dispatcher:
     async def ready(self) -> int:
         return os.getpid()
 
-    async def score_group(self, vault: str, group_id: int) -> tuple[dict[str, ScoreTable], dict[str, float]]:
-        """Tables of a stored group and the seconds each scorer took."""
+    async def score_group(self, vault: str, group_id: int) -> tuple[dict[str, ScoreTable], dict[str, Span]]:
+        """Tables of a stored group, and when each scorer was asked and how long it took."""
         handle = self.vaults[vault]
         header_ref, arrays_ref = handle.header.remote(group_id), handle.get.remote(group_id, ("images",))
         header, arrays = await asyncio.gather(value(header_ref), value(arrays_ref))
-        tables = await self._score(header, arrays["images"])
-        return tables, dict(self.jury.seconds)
+        spans: dict[str, Span] = {}
+        return await self._score(header, arrays["images"], spans), spans
 
-    async def _score(self, header: GroupHeader, images: np.ndarray) -> dict[str, ScoreTable]:
-        prompts = [header.prompt.text] * len(images)
-        return await self.jury.score(images, prompts, [header.prompt.metadata] * len(images), group=True)
+    async def _score(self, header: GroupHeader, images: np.ndarray, spans: dict[str, Span]) -> dict[str, ScoreTable]:
+        prompts, metadata = [header.prompt.text] * len(images), [header.prompt.metadata] * len(images)
+        return await self.jury.score(images, prompts, metadata, group=True, spans=spans)
 
     async def score_images(
         self, images: np.ndarray, prompts: Sequence[PromptSpec], names: Sequence[str]

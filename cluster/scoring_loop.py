@@ -19,7 +19,7 @@ from cluster.context import RunContext
 from cluster.step import discard_reason, group_rewards, unscored_tables
 from contracts.errors import ScoringError, StaleLease
 from contracts.scores import Outcome, ScoreTable
-from contracts.wire import DiscardReason, Source
+from contracts.wire import DiscardReason, Source, Span
 
 
 class ScoringLoop:
@@ -49,26 +49,26 @@ class ScoringLoop:
             if attempt is None:
                 return  # it was discarded meanwhile
             try:
-                tables, seconds = await asyncio.wait_for(self._tables(group_id, vault), lease_s)
+                tables, spans = await asyncio.wait_for(self._tables(group_id, vault), lease_s)
             except (RayActorError, RayTaskError, TimeoutError) as error:
                 self.context.telemetry.event("scoring_lost", group=group_id, error=type(error).__name__)
                 if str(ledger.give_back(group_id, attempt)) == "discarded":
                     return
                 await asyncio.sleep(0.5)
                 continue
-            self._book(group_id, attempt, tables, seconds)
+            self._book(group_id, attempt, tables, spans)
             return
 
-    async def _tables(self, group_id: int, vault: str) -> tuple[dict[str, ScoreTable], dict[str, float]]:
+    async def _tables(self, group_id: int, vault: str) -> tuple[dict[str, ScoreTable], dict[str, Span]]:
         header = self.context.groups[group_id].header
         if header.source is not Source.ACTORS:
             return unscored_tables(header), {}
         return await self.dispatcher.score_group.remote(vault, group_id)
 
-    def _book(self, group_id: int, attempt: int, tables: dict[str, ScoreTable], seconds: Mapping[str, float]) -> None:
+    def _book(self, group_id: int, attempt: int, tables: dict[str, ScoreTable], spans: Mapping[str, Span]) -> None:
         scored = self.context.groups[group_id]
         scored.tables, scored.rewards = tables, group_rewards(scored.header, tables, self.context.config)
-        self._export(tables, seconds)
+        self._export(group_id, tables, spans)
         reason = discard_reason(scored.header, scored.rewards, self.context.config)
         rewards = {"values": scored.rewards.values, "valid": scored.rewards.valid, "optional": scored.rewards.optional}
         try:
@@ -118,10 +118,11 @@ class ScoringLoop:
         self.context.telemetry.count("salon_images_discarded_total", images, reason=reason.value)
         self.context.forget([group_id])
 
-    def _export(self, tables: Mapping[str, ScoreTable], seconds: Mapping[str, float]) -> None:
+    def _export(self, group_id: int, tables: Mapping[str, ScoreTable], spans: Mapping[str, Span]) -> None:
         telemetry = self.context.telemetry
-        for name, took in seconds.items():
-            telemetry.observe("salon_score_seconds", took, scorer=name)
+        telemetry.spans(spans.values(), group=group_id)
+        for name, span in spans.items():
+            telemetry.observe("salon_score_seconds", span.seconds, scorer=name)
         for name, table in tables.items():
             for outcome in Outcome:
                 number = int(np.sum(table.outcomes == outcome))

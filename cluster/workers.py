@@ -23,7 +23,9 @@ from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
 from contracts.config.scoring import ScorerConfig
+from contracts.digests import digest_images
 from contracts.errors import WeightsTimeout
+from contracts.spans import SpanLog, wall_clock
 from contracts.wire import PaintReceipt, PromptSpec, PromptTask, Source, StepReport, WeightOffer, WeightProof
 from learner.types import StepJob
 
@@ -112,20 +114,27 @@ class ActorWorker:
 
     def paint(self, task: PromptTask) -> PaintReceipt:
         """Paint (or encode, or leave to the learner) one group, store it and acknowledge."""
+        log = SpanLog(self.name)
         with self.denoising:
-            waited = self._load_pending(task.min_version)
+            with log.span("take weights"):
+                waited = self._load_pending(task.min_version)
             start = time.perf_counter()
-            unfinished = self._begin(task)
+            with log.span("paint"):
+                unfinished = self._begin(task)
             painted_seconds = time.perf_counter() - start
             version = self.version
             proof, self.new_proof = self.new_proof, None
-        group = self.painter.finish(unfinished) if task.source is Source.ACTORS else unfinished
+        with log.span("decode"):
+            group = self.painter.finish(unfinished) if task.source is Source.ACTORS else unfinished
         start = time.perf_counter()
-        num_bytes, vault = self._store(group)
+        with log.span("store"):
+            num_bytes, vault = self._store(group)
+            images = group.arrays.get("images")
         return PaintReceipt(
             group_id=task.group_id, attempt=task.attempt, weight_version=version, vault=vault, num_bytes=num_bytes,
             paint_seconds=painted_seconds, store_seconds=time.perf_counter() - start, wait_weights_seconds=waited,
-            proof=proof, actor=self.name,
+            proof=proof, actor=self.name, images_digest=None if images is None else digest_images(images),
+            spans=log.spans,
         )  # fmt: skip
 
     def _begin(self, task: PromptTask) -> Any:
@@ -221,7 +230,10 @@ class RankWorker:
         return self.learner.values(job, self._fetch, self._fetch_embedding)
 
     def update(self, job: StepJob) -> StepReport:
-        return self.learner.update(job, self._fetch, self._fetch_embedding)
+        start, log = wall_clock(), SpanLog(f"learner-{self.rank}")
+        report = self.learner.update(job, self._fetch, self._fetch_embedding)
+        log.end_to_end(start, report.seconds)
+        return report.model_copy(update={"spans": log.spans})
 
     def snapshot(self, version: int, step: int, keep: bool = False) -> tuple[Any, Any]:
         """((offer, canary), arrays) on rank 0, (None, None) elsewhere. Called with num_returns=2.

@@ -4,7 +4,7 @@ A digest is 64 bits of integer arithmetic modulo 2^64 over a tensor's bit patter
 the device or the order of summation, and can be computed on a GPU without a copy. It detects accidents (a load that
 did nothing, a lost key, one changed bit); it is no defence against an adversary, which the cluster's authentication is.
 
-Does not own: cryptographic digests of prompts and files (hashlib in callers).
+Does not own: cryptographic digests of files (hashlib in callers).
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ def digest_arrays(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, str] | 
         (name, dtypes.get(name, array.dtype.name), tuple(array.shape), content_sum(word_view(array)))
         for name, array in arrays.items()
     )
+
+
+def digest_images(images: np.ndarray) -> str:
+    """Digest of a group's uint8 images [G,H,W,3]: shape and every byte."""
+    digest = hashlib.blake2b(",".join(map(str, images.shape)).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
 
 
 def digest_text(*texts: str) -> str:

@@ -118,6 +118,15 @@ class GroupHeader(Message):
     dtypes: dict[str, str] = Field(default_factory=dict, description="true dtype of arrays stored as raw bits")
 
 
+class Span(Message):
+    """A stretch of work, for the trace. lane: who did it ('actor-0'); start: contracts.spans.wall_clock() there."""
+
+    lane: str
+    name: str
+    start: float
+    seconds: float
+
+
 class WeightProof(Message):
     """Evidence that an actor holds the version it says: digest of live tensors and a canary output."""
 
@@ -141,6 +150,8 @@ class PaintReceipt(Message):
     wait_weights_seconds: float = 0.0
     proof: WeightProof | None = Field(default=None, description="set on the first group painted with a version")
     actor: str = ""
+    images_digest: str | None = Field(default=None, description="contracts.digests.digest_images; None without images")
+    spans: tuple[Span, ...] = Field(default=(), description="what the actor did for this group, and when")
 
 
 class WeightOffer(Message):
@@ -183,3 +194,4 @@ class StepReport(Message):
     num_updates: int
     metrics: dict[str, float]
     seconds: dict[str, float] = Field(default_factory=dict)
+    spans: tuple[Span, ...] = Field(default=(), description="what each rank did, and when")

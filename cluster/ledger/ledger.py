@@ -137,6 +137,8 @@ class Ledger(LedgerEndings):
         )  # fmt: skip
         if images:
             self._count_painting(row, receipt.attempt, now)
+        if receipt.images_digest is not None:
+            self._keep_fingerprint(row.group_id, receipt.attempt, receipt.images_digest)
         self._note(row.group_id, "generated", receipt.attempt, f"version {receipt.weight_version} by {receipt.actor}")
 
     # ---- scoring -------------------------------------------------------------------------------------------------

@@ -176,6 +176,16 @@ class LedgerReader:
         text = self._detail("rewards", group_id)
         return json.loads(text) if text else {}
 
+    def fingerprint(self, group_id: int, attempt: int | None) -> str | None:
+        """contracts.digests.digest_images of a painting; None where none was kept (older ledgers keep none)."""
+        known = "SELECT 1 FROM sqlite_master WHERE name = 'fingerprints'"
+        query = "SELECT images FROM fingerprints WHERE group_id = ? AND attempt = ?"
+        with self._lock:
+            if self._db.execute(known).fetchone() is None:
+                return None
+            line = self._db.execute(query, (group_id, attempt)).fetchone()
+        return None if line is None else line[0]
+
     def claimed(self) -> list[int]:
         """Groups of the claim under way, in the order they were claimed; empty when there is none."""
         return self._ids("WHERE live = 1 AND state = 'claimed' ORDER BY group_id")

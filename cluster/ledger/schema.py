@@ -44,6 +44,9 @@ CREATE TABLE IF NOT EXISTS paintings (
     lost INTEGER NOT NULL DEFAULT 0,          -- 1 when its bytes vanished and the group was painted again
     PRIMARY KEY (group_id, attempt)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fingerprints (      -- of a painting's images; outlives their bytes
+    group_id INTEGER, attempt INTEGER, images TEXT NOT NULL, PRIMARY KEY (group_id, attempt)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS journal (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, group_id INTEGER, event TEXT NOT NULL, attempt INTEGER, detail TEXT
 );

@@ -87,6 +87,9 @@ class LedgerWriter(LedgerReader):
             (row.group_id, attempt, row.group_size, at),
         )
 
+    def _keep_fingerprint(self, group_id: int, attempt: int, digest: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO fingerprints VALUES (?, ?, ?)", (group_id, attempt, digest))
+
     def _current_min_version(self, row: GroupRow) -> int:
         """The lowest version a waiting group may be painted with now; it only ever comes down (admission.py 2)."""
         if self._rule is None:

@@ -1,6 +1,7 @@
 """What a run tells the outside: metrics, events, TensorBoard, progress, and stacks when nothing moves.
 
 telemetry.py the controller's exporter, built from contracts/metrics.py; sinks.py TensorBoard and other trackers;
+trace.py when everybody did what; verdict.py what was waited for and what to scale;
 rates.py throughput with every GPU counted; progress.py the driver's display; watchdog.py stack dumps.
 """
 

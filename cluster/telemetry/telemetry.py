@@ -13,7 +13,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,11 +23,12 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from cluster.telemetry.rates import Accelerators, Throughput, count_accelerators
 from cluster.telemetry.sinks import Sink, make_sinks
+from cluster.telemetry.trace import Trace
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
 from contracts.errors import ConfigError
 from contracts.metrics import BY_NAME, CATALOGUE, Metric
-from contracts.wire import Source
+from contracts.wire import Source, Span
 
 PREFIX = "salon_"
 ADDRESS_FILE = "metrics_address"
@@ -60,6 +61,7 @@ class Telemetry:
         self._lock = threading.Lock()
         self._rows, self._events = _appending(self.folder / "metrics.jsonl"), _appending(self.folder / "events.jsonl")
         self._sinks = list(make_sinks(config, self.folder) if sinks is None else sinks)
+        self.trace = Trace(self.folder if config.telemetry.trace_mb else None, config.telemetry.trace_mb)
         self._server: Any = None
         self.address = self._listen() if serve else ""
 
@@ -84,22 +86,29 @@ class Telemetry:
         """Add one observation to a histogram."""
         self._child(name, "histogram", labels).observe(value)
 
-    def phase(self, role: str, phase: str, seconds: float) -> None:
-        """Add wall time to a phase of a role ('learner', 'update')."""
+    def phase(self, role: str, phase: str, seconds: float, lane: str | None = None) -> None:
+        """Add wall time to a phase of a role ('learner', 'update'). lane: show it in the trace, as ended just now."""
         self.count("salon_phase_seconds_total", seconds, role=role, phase=phase)
+        if lane is not None:
+            self.trace.ended(lane, phase, seconds)
 
     @contextlib.contextmanager
-    def timed(self, role: str, phase: str) -> Iterator[None]:
+    def timed(self, role: str, phase: str, lane: str | None = None) -> Iterator[None]:
         """Count the block's wall time as a phase."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.phase(role, phase, time.perf_counter() - start)
+            self.phase(role, phase, time.perf_counter() - start, lane)
+
+    def spans(self, spans: Iterable[Span], **args: Any) -> None:
+        """Spans that other processes measured, for the trace; args are shown with each."""
+        self.trace.add(spans, **args)
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        """Append one line to events.jsonl."""
+        """Append one line to events.jsonl, and a mark to the trace."""
         self._append(self._events, {"time": time.time(), "event": kind, **fields})
+        self.trace.instant("controller", kind, fields)
 
     def training_begins(self) -> None:
         """Start the clock of throughput: what evaluations painted before does not dilute it."""
@@ -181,6 +190,7 @@ class Telemetry:
             sink.close()
         for file in (self._rows, self._events):
             file.close()
+        self.trace.close()
         if self._server is not None:
             server, thread = self._server
             server.shutdown()

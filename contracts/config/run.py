@@ -34,6 +34,10 @@ class TelemetryConfig(Section):
     metrics_port: int = Field(default=0, ge=0, le=65535, description="0: any free port, written to the run folder")
     tensorboard: bool = True
     sinks: tuple[Literal["wandb", "mlflow"], ...] = ()
+    trace_mb: float = Field(
+        default=32.0, ge=0, description="newest part of the trace kept, in trace.json and trace-older.json; 0: no trace"
+    )
+    report: bool = Field(default=True, description="write report.html when the run ends, however it ends")
     watchdog_s: float = Field(default=900.0, gt=0, description="without a finished step for so long, stacks are dumped")
 
 
