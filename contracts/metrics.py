@@ -21,7 +21,7 @@ class Metric:
     name: str
     type: Literal["counter", "gauge", "histogram"]
     help: str
-    role: Literal["controller", "reward_server"]
+    role: Literal["controller", "reward_server", "judge"]
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
@@ -32,6 +32,11 @@ def _controller(name: str, type_: str, help_: str, *labels: str, buckets: tuple[
 
 def _server(name: str, type_: str, help_: str, *labels: str, buckets: tuple[float, ...] = ()) -> Metric:
     return Metric(f"salon_{name}", type_, help_, "reward_server", ("scorer", *labels), buckets)  # type: ignore[arg-type]
+
+
+def _judge(name: str, type_: str, help_: str, *labels: str, buckets: tuple[float, ...] = ()) -> Metric:
+    """Series of a reward server whose scorer asks a judge."""
+    return Metric(f"salon_judge_{name}", type_, help_, "judge", ("scorer", *labels), buckets)  # type: ignore[arg-type]
 
 
 CATALOGUE: tuple[Metric, ...] = (
@@ -80,6 +85,19 @@ CATALOGUE: tuple[Metric, ...] = (
     _server("reward_scorer_seconds", "histogram", "One call of the scorer.", buckets=SECONDS_BUCKETS),
     _server("reward_queue_depth", "gauge", "Images waiting for the scorer."),
     _server("reward_queue_capacity", "gauge", "Images that may wait before 429 is answered."),
+    _judge("questions_total", "counter", "Questions put to the judge, by how they ended (ok, undecided, failed, "
+           "timed_out).", "protocol", "outcome"),
+    _judge("requests_total", "counter", "Requests sent to judge endpoints, retries and hedges included."),
+    _judge("request_failures_total", "counter", "Failed requests to judge endpoints, by cause.", "cause"),
+    _judge("retries_total", "counter", "Requests repeated after a failure."),
+    _judge("hedges_total", "counter", "Second requests sent beside slow first ones."),
+    _judge("cache_hits_total", "counter", "Questions answered from the cache."),
+    _judge("tokens_total", "counter", "Tokens the judge read and wrote.", "direction"),
+    _judge("cost_dollars_total", "counter", "Price of those tokens, by the prices configured."),
+    _judge("flips_total", "counter", "Pairs on which the judge changed its mind with the order."),
+    _judge("pairs_total", "counter", "Pairs that the judge decided in both orders."),
+    _judge("answer_seconds", "histogram", "One question, from asking to the answer, retries included.",
+           buckets=SECONDS_BUCKETS),
     _server("reward_ready", "gauge", "1 when weights are loaded, the canary is scored and the queue is not full."),
 )  # fmt: skip
 

@@ -51,6 +51,7 @@ class Service:
         self.scorer, self.settings = scorer, settings
         self._token = token
         self.telemetry = Telemetry(scorer.name)
+        scorer.meter = self.telemetry.meter
         self.batcher = Batcher(
             scorer, max_batch=settings.max_batch, max_wait_s=settings.max_wait_s, capacity=settings.queue,
             on_batch=self.telemetry.scored,
@@ -75,7 +76,7 @@ class Service:
             return "loading"
         if self.batcher.depth >= self.settings.queue:
             return "queue full"
-        return None
+        return self.scorer.unready()
 
     def info(self) -> ScorerInfo:
         scorer, settings = self.scorer, self.settings

@@ -14,7 +14,7 @@ from contracts.metrics import CATALOGUE, Metric
 from contracts.scores import ScoreTable
 from reward_servers.client.stats import outcome_counts
 
-_PREFIX = "salon_reward_"
+_OWN = {metric.name: metric for metric in CATALOGUE if metric.role in ("reward_server", "judge")}
 disable_created_metrics()  # they would be series that the catalogue does not name
 
 
@@ -24,8 +24,8 @@ class Telemetry:
     def __init__(self, scorer: str) -> None:
         self.registry = CollectorRegistry()
         self._scorer = scorer
-        metrics = [metric for metric in CATALOGUE if metric.role == "reward_server"]
-        self._series = {metric.name.removeprefix(_PREFIX): _register(metric, self.registry) for metric in metrics}
+        ours = [metric for metric in CATALOGUE if metric.role == "reward_server"]
+        self._series = {metric.name: _register(metric, self.registry) for metric in ours}
 
     def request(self, status: int, seconds: float) -> None:
         self._of("requests_total", status=str(status)).inc()
@@ -47,12 +47,25 @@ class Telemetry:
         self._of("queue_capacity").set(capacity)
         self._of("ready").set_function(lambda: float(ready()))
 
+    def meter(self, name: str, value: float, **labels: str) -> None:
+        """One observation of a catalogue series by its full name, for scorers that count things of their own.
+
+        Counters grow by `value`, gauges are set to it, histograms observe it. A series appears with its first
+        observation. Raises KeyError for a name that no reward server exports.
+        """
+        metric = _OWN[name]
+        if name not in self._series:
+            self._series[name] = _register(metric, self.registry)
+        series = self._series[name].labels(scorer=self._scorer, **labels)
+        record = {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.type]
+        getattr(series, record)(value)
+
     def exposition(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
 
     def _of(self, name: str, **labels: str) -> Any:
-        return self._series[name].labels(scorer=self._scorer, **labels)
+        return self._series[f"salon_reward_{name}"].labels(scorer=self._scorer, **labels)
 
 
 def _register(metric: Metric, registry: CollectorRegistry) -> Any:

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 
@@ -60,6 +60,16 @@ class ScoreBatch:
         return ScoreBatch(self.images[rows], self.prompts[rows], self.metadata[rows], latents, self.want_gradients)
 
 
+class Meter(Protocol):
+    """Takes one observation of a series of the catalogue; the server hands its scorer one."""
+
+    def __call__(self, name: str, value: float, **labels: str) -> None: ...
+
+
+def no_meter(name: str, value: float, **labels: str) -> None:
+    """Of a scorer that nobody serves."""
+
+
 class Scorer(ABC):
     """One member of the jury. `score` is called from one thread at a time.
 
@@ -73,6 +83,8 @@ class Scorer(ABC):
     higher_is_better: bool = True
     value_range: tuple[float | None, float | None] = (None, None)
     weight_digest: str = ""
+    meter: Meter = staticmethod(no_meter)
+    """Counts into the server's /metrics: `self.meter("salon_judge_tokens_total", 12, direction="read")`."""
 
     def load(self) -> None:  # noqa: B027  (most scorers have nothing to load)
         """Load weights. Called once, before the first score; whatever it raises ends the server with that message."""
@@ -80,6 +92,10 @@ class Scorer(ABC):
     def canary(self) -> ScoreBatch:
         """A small batch that must be scored before the server calls itself ready: one grey 32x32 image."""
         return ScoreBatch(np.full((1, 32, 32, 3), 128, np.uint8), ("a grey square",), ({},))
+
+    def unready(self) -> str | None:
+        """Why this scorer cannot serve just now though it is loaded (what it depends on is away), or None."""
+        return None
 
     @abstractmethod
     def score(self, batch: ScoreBatch) -> ScoreTable:
