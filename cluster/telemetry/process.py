@@ -1,0 +1,46 @@
+"""The /metrics of a process that has no series of the run to tell: its memory, CPU time and open files.
+
+Every process of a run listens, so that Prometheus sees each by its own `up`, whatever node it is on; the controller
+and reward servers have exporters of their own and add these series to them (`register`).
+Does not own: the run's series (telemetry.py), who finds the address (targets.py).
+"""
+
+from __future__ import annotations
+
+import os
+
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, start_http_server
+
+HOST_ENV = "SALON_METRICS_HOST"
+"""Address that the processes of a run listen on (telemetry.metrics_host); unset: they do not."""
+
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104  (named to tell them apart, not to listen on)
+
+_address: str | None = None
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` series are not in the catalogue
+
+
+def register(registry: CollectorRegistry) -> None:
+    """Add the process's own series (salon_process_...) to a registry."""
+    ProcessCollector(namespace="salon", registry=registry)
+
+
+def listen() -> None:
+    """Answer /metrics on any free port of SALON_METRICS_HOST. A process that cannot is seen as down, and works on."""
+    global _address
+    host = os.environ.get(HOST_ENV)
+    if host is None or _address is not None:
+        return
+    registry = CollectorRegistry(auto_describe=True)
+    register(registry)
+    try:
+        server, _ = start_http_server(0, addr=host, registry=registry)
+    except OSError:
+        return
+    _address = f"{host}:{server.server_port}"
+
+
+def address() -> str | None:
+    """host:port this process listens on, None when it does not."""
+    return _address
