@@ -40,7 +40,7 @@ from cluster.evaluate import (
 from cluster.learner_group import LearnerGroup
 from cluster.learner_loop import LearnerLoop
 from cluster.ledger import Ledger
-from cluster.observed import export_observed
+from cluster.observed import Finder, export_observed
 from cluster.refs import value
 from cluster.rollout_loop import ActorFleet, RolloutLoop
 from cluster.run_folder import RunFolder
@@ -97,6 +97,7 @@ class Controller:
         self.last_step = 0
         self.last_mirrored = self.last_observed = time.monotonic()
         self.watchdog: Any = None
+        self.finder = Finder(config)
 
     async def run(self) -> dict[str, Any]:
         """The whole run; returns the summary. Whatever happens, what was started is ended."""
@@ -137,6 +138,7 @@ class Controller:
         self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
         self.learner = LearnerLoop(self.context, self.ranks, self.fleet)
         await self.learner.publish()
+        await self.finder.find(self.context, self._handles(), scorers)
         telemetry.event("started", seconds=time.monotonic() - self.began, processes=self._processes())
         self.watchdog = self._start_watchdog(folder)
 
@@ -190,6 +192,7 @@ class Controller:
             await self._together(self.rollout.run(), self.learner.run())
         finally:
             self.train_seconds = context.train_seconds()
+            context.telemetry.training_ended()
             for task in (watcher, evaluator):
                 task.cancel()
             await asyncio.gather(watcher, evaluator, return_exceptions=True)
@@ -246,7 +249,17 @@ class Controller:
     async def _observe(self, context: RunContext) -> None:
         if time.monotonic() - self.last_observed > OBSERVE_S:
             self.last_observed = time.monotonic()
-            await export_observed(context, self.dispatcher, self._processes())
+            found = await self.finder.find(context, self._handles(), self.ranks.scorers)
+            await export_observed(context, self.dispatcher, [*found, *self.server_processes])
+
+    def _handles(self) -> dict[str, Any]:
+        """Every actor of the run but this one, by the name of its process."""
+        ranks = {f"learner-{rank}": handle for rank, handle in enumerate(self.ranks.ranks)}
+        hosts = {f"host-{index}": handle for index, handle in enumerate(self.hosts)}
+        copies = self.ranks.copies.copies.values() if self.ranks.copies is not None else ()
+        on_nodes = {f"host-copy-{index}": handle for index, handle in enumerate(copies)}
+        vaults = self.context.vaults if self.context is not None else {}
+        return {**vaults, "dispatcher": self.dispatcher, **self.fleet.handles, **ranks, **hosts, **on_nodes}
 
     def _processes(self) -> list[dict[str, Any]]:
         """Name, pid and node of every process of the run that is known by pid."""
@@ -383,6 +396,7 @@ class Controller:
             ray.kill(handle)
         if self.watchdog is not None:
             self.watchdog.stop()
+        self.finder.close()
         self.context.telemetry.close()
         self.context.ledger.close()
         self.context.folder.sync()
@@ -413,7 +427,7 @@ class ControllerActor(Controller):
     async def run(self) -> dict[str, Any]:
         from cluster.processes import prepare_process
 
-        prepare_process("controller")
+        prepare_process("controller", metrics=False)
         return await super().run()
 
     async def stop(self) -> None:  # type: ignore[override]

@@ -74,7 +74,8 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     kept = {name: os.environ[name] for name in {s.token_env for s in config.scorers} if name in os.environ}
     path = {} if in_job() else {"PYTHONPATH": _import_path()}
     stacks = {"SALON_STACKS": f"{config.runs_dir}/{config.name}/stacks"} if "://" not in config.runs_dir else {}
-    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **path, **stacks, **kept}
+    seen = {"SALON_METRICS_HOST": config.telemetry.metrics_host}
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **path, **stacks, **seen, **kept}
 
 
 def _import_path() -> str:

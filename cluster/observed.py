@@ -1,4 +1,4 @@
-"""Series that nobody reports unasked: the dispatcher's counters, bytes in vaults, memory of processes.
+"""Series that nobody reports unasked: the dispatcher's counters, bytes in vaults, memory and address of processes.
 
 Asked for every few seconds, beside the run; an answer that does not come in time is left out until the next round.
 Does not own: series reported where things happen (the loops), the catalogue (contracts/metrics.py).
@@ -14,6 +14,10 @@ import psutil
 import ray
 
 from cluster.context import RunContext
+from cluster.processes import describe_process
+from cluster.telemetry.targets import TargetFile, reachable
+from contracts.config import RunConfig
+from contracts.config.scoring import ScorerConfig
 
 ANSWER_S = 2.0
 
@@ -27,6 +31,41 @@ async def export_observed(context: RunContext, dispatcher: Any, processes: Seque
         _export_clients(context, stats)
     _export_vaults(context, [each for each in held if each is not None])
     _export_memory(context, processes)
+
+
+class Finder:
+    """Knows every process of the run and tells Prometheus where they are."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.targets = TargetFile(config)
+        self._known: dict[str, dict[str, Any]] = {}
+
+    async def find(
+        self, context: RunContext, handles: Mapping[str, Any], scorers: Sequence[ScorerConfig]
+    ) -> list[dict[str, Any]]:
+        """What each process says of itself (describe_process, with its name); of a silent one what it said last."""
+        names = list(handles)
+        said = await asyncio.gather(
+            *(_answer(handle.__ray_call__.remote(describe_process)) for handle in handles.values())
+        )
+        latest = {name: self._known.get(name) if one is None else one for name, one in zip(names, said, strict=True)}
+        self._known = {name: {**one, "name": name} for name, one in latest.items() if one is not None}
+        address = context.telemetry.address.removeprefix("http://").removesuffix("/metrics")
+        found = {**describe_process(), "name": "controller"}
+        found["metrics"] = reachable(address, ray.util.get_node_ip_address()) if address else None
+        self._known["controller"] = found
+        self._tell(context, scorers)
+        return list(self._known.values())
+
+    def _tell(self, context: RunContext, scorers: Sequence[ScorerConfig]) -> None:
+        try:
+            self.targets.write(self._known.values(), {scorer.name: scorer.urls for scorer in scorers})
+        except OSError as error:
+            context.telemetry.event("targets_not_written", path=str(self.targets.path), error=str(error))
+
+    def close(self) -> None:
+        """The run has ended: nothing of it is to be scraped."""
+        self.targets.remove()
 
 
 async def _answer(ref: Any) -> Any:
@@ -49,13 +88,13 @@ def _export_vaults(context: RunContext, held: Sequence[Mapping[str, int]]) -> No
 
 
 def _export_memory(context: RunContext, processes: Sequence[Mapping[str, Any]]) -> None:
-    """Resident memory of the run's processes on this node."""
+    """Resident memory of the run's processes: as they say, or by their pid where they are on this node."""
     here = ray.get_runtime_context().get_node_id()
     for process in processes:
-        if process.get("node") != here:
+        if process.get("node") != here and "memory_bytes" not in process:
             continue
         try:
-            memory = psutil.Process(process["pid"]).memory_info().rss
+            memory = process.get("memory_bytes") or psutil.Process(process["pid"]).memory_info().rss
         except psutil.Error:
             continue  # it has ended; its successor is in the next list
         context.telemetry.gauge("salon_process_memory_bytes", memory, process=process["name"])

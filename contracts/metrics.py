@@ -21,7 +21,7 @@ class Metric:
     name: str
     type: Literal["counter", "gauge", "histogram"]
     help: str
-    role: Literal["controller", "reward_server", "judge"]
+    role: Literal["controller", "process", "reward_server", "judge"]
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
@@ -39,6 +39,11 @@ def _judge(name: str, type_: str, help_: str, *labels: str, buckets: tuple[float
     return Metric(f"salon_judge_{name}", type_, help_, "judge", ("scorer", *labels), buckets)  # type: ignore[arg-type]
 
 
+def _process(name: str, type_: str, help_: str) -> Metric:
+    """Series of every process of a run; run, role and process are labels of the target (cluster/telemetry/targets)."""
+    return Metric(f"salon_process_{name}", type_, help_, "process")  # type: ignore[arg-type]
+
+
 CATALOGUE: tuple[Metric, ...] = (
     _controller("step", "gauge", "Learner steps finished."),
     _controller("images_painted_total", "counter", "Images painted by actors (or the learner, or read from files)."),
@@ -46,9 +51,13 @@ CATALOGUE: tuple[Metric, ...] = (
     _controller("images_discarded_total", "counter", "Images discarded, by reason.", "reason"),
     _controller("groups", "gauge", "Groups alive, by state.", "state"),
     _controller("queue_capacity_groups", "gauge", "Groups that may be alive at once."),
+    _controller("accelerators", "gauge", "GPUs of the run by role (CPU slots where there is no GPU).", "role"),
+    _controller("training", "gauge", "1 while the loops run; 0 before and after."),
     _controller("weight_version", "gauge", "Latest published weight version."),
     _controller("staleness_steps", "histogram", "Steps between a trained group's weights and its update.",
                 buckets=(0.0, 1.0, 2.0, 3.0, 4.0, 8.0, 16.0)),
+    _controller("staleness_largest_steps", "gauge", "Largest staleness among the last step's groups."),
+    _controller("staleness_limit_steps", "gauge", "pipeline.max_staleness: the bound of the above."),
     _controller("images_per_second", "gauge", "Trained images a second over the last minute."),
     _controller("images_per_second_per_gpu", "gauge", "The same over all GPUs of the run: actors, learner and reward "
                 "servers counted (CPU slots where there is no GPU)."),
@@ -67,6 +76,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _controller("breaker_open", "gauge", "1 while the circuit to a scorer is open.", "scorer"),
     _controller("reward_mean", "gauge", "Mean of a score column over the last step.", "scorer", "column"),
     _controller("reward_std", "gauge", "Standard deviation of the same.", "scorer", "column"),
+    _controller("scorer_held_out", "gauge", "1 for a scorer that judges and does not train, else 0.", "scorer"),
     _controller("eval_score", "gauge", "Mean of the judging column over held-out prompts.", "split"),
     _controller("train_metric", "gauge", "A metric of the objective (loss, kl, clip_fraction, ...).", "name"),
     _controller("log_prob_mismatch", "gauge", "Mean |ratio - 1| before the first update of a step."),
@@ -78,6 +88,12 @@ CATALOGUE: tuple[Metric, ...] = (
     _controller("vault_bytes", "gauge", "Bytes held by vaults.", "where"),
     _controller("process_memory_bytes", "gauge", "Resident memory of a process of the run.", "process"),
     _controller("checkpoint_seconds", "histogram", "Writing of a learner state.", buckets=SECONDS_BUCKETS),
+    _process("cpu_seconds_total", "counter", "User and system CPU time spent."),
+    _process("resident_memory_bytes", "gauge", "Resident memory."),
+    _process("virtual_memory_bytes", "gauge", "Virtual memory."),
+    _process("start_time_seconds", "gauge", "Start of the process since the epoch."),
+    _process("open_fds", "gauge", "Open file descriptors."),
+    _process("max_fds", "gauge", "Open file descriptors allowed."),
     _server("reward_requests_total", "counter", "Requests by HTTP status.", "status"),
     _server("reward_images_total", "counter", "Images answered, by outcome.", "outcome"),
     _server("reward_request_seconds", "histogram", "A request from arrival to answer.", buckets=SECONDS_BUCKETS),

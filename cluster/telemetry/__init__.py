@@ -2,6 +2,7 @@
 
 telemetry.py the controller's exporter, built from contracts/metrics.py; sinks.py TensorBoard and other trackers;
 trace.py when everybody did what; verdict.py what was waited for and what to scale;
+process.py the /metrics of every other process; targets.py where Prometheus finds them all;
 rates.py throughput with every GPU counted; progress.py the driver's display; watchdog.py stack dumps.
 """
 

@@ -21,6 +21,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
 
+from cluster.telemetry import process
 from cluster.telemetry.rates import Accelerators, Throughput, count_accelerators
 from cluster.telemetry.sinks import Sink, make_sinks
 from cluster.telemetry.trace import Trace
@@ -56,6 +57,7 @@ class Telemetry:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.registry = CollectorRegistry(auto_describe=True)
         self._series = {metric.name: _make_series(metric, self.registry) for metric in controller_metrics()}
+        process.register(self.registry)
         self.throughput = Throughput(count_accelerators(config, source))
         self._latest: dict[str, float | None] = {"step": 0}
         self._lock = threading.Lock()
@@ -64,6 +66,17 @@ class Telemetry:
         self.trace = Trace(self.folder if config.telemetry.trace_mb else None, config.telemetry.trace_mb)
         self._server: Any = None
         self.address = self._listen() if serve else ""
+        self._declare()
+
+    def _declare(self) -> None:
+        """What is known before anything happens."""
+        counted = self.throughput.accelerators
+        for role in ("actors", "learner", "reward_servers"):
+            self.gauge("salon_accelerators", getattr(counted, role), role=role)
+        for scorer in self.config.scorers:
+            self.gauge("salon_scorer_held_out", float(scorer.held_out), scorer=scorer.name)
+        self.gauge("salon_staleness_limit_steps", self.config.pipeline.max_staleness)
+        self.gauge("salon_training", 0)
 
     @property
     def accelerators(self) -> Accelerators:
@@ -113,6 +126,11 @@ class Telemetry:
     def training_begins(self) -> None:
         """Start the clock of throughput: what evaluations painted before does not dilute it."""
         self.throughput.restart()
+        self.gauge("salon_training", 1)
+
+    def training_ended(self) -> None:
+        """What comes after is no training: no step is to be expected."""
+        self.gauge("salon_training", 0)
 
     def step(
         self,
@@ -133,6 +151,7 @@ class Telemetry:
         """
         self.throughput.add(images)
         self.gauge("salon_step", step)
+        self.gauge("salon_staleness_largest_steps", max(staleness, default=0))
         self._latest = {"step": step, "step_seconds": seconds, "staleness": max(staleness, default=0)}
         self._latest["reward"] = _training_reward(self.config, rewards)
         for key, stats in rewards.items():

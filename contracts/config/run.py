@@ -32,6 +32,9 @@ class TelemetryConfig(Section):
 
     metrics_host: str = Field(default="127.0.0.1", description="address /metrics listens on")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="0: any free port, written to the run folder")
+    file_sd: str | None = Field(
+        default=None, description="folder where Prometheus finds a run's processes; None: <runs_dir>/.prometheus"
+    )
     tensorboard: bool = True
     sinks: tuple[Literal["wandb", "mlflow"], ...] = ()
     trace_mb: float = Field(
