@@ -105,7 +105,7 @@ class GroupStore:
 
         Raises VaultFull when the bound leaves no room for it, nor `wait_s` seconds later.
         """
-        name = _group_file(header.group_id, header.attempt)
+        name = group_file(header.group_id, header.attempt)
         num_bytes = self._write(name, codec.encode(header, arrays), wait_s)
         with self._space:
             self._groups.setdefault(header.group_id, set()).add(header.attempt)
@@ -124,7 +124,7 @@ class GroupStore:
 
         Raises NotStored for an unknown group or name.
         """
-        file = _group_file(group_id, self._attempt(group_id, attempt))
+        file = group_file(group_id, self._attempt(group_id, attempt))
         arrays = self._read(file, GroupHeader)
         wanted = list(arrays) if names is None else list(names)
         if missing := [name for name in wanted if name not in arrays]:
@@ -136,7 +136,7 @@ class GroupStore:
         key = group_id, self._attempt(group_id, attempt)
         known = self._headers.get(key)
         if known is None:
-            known = self._headers[key] = _read_header(self.folder / _group_file(*key))
+            known = self._headers[key] = read_header(self.folder / group_file(*key))
         return known
 
     def delete(self, group_ids: int | Iterable[int], attempt: int | None = None) -> int:
@@ -148,7 +148,7 @@ class GroupStore:
                 for each in list(stored) if attempt is None else sorted(stored & {attempt}):
                     stored.discard(each)
                     self._headers.pop((group_id, each), None)
-                    freed += self._remove(_group_file(group_id, each))
+                    freed += self._remove(group_file(group_id, each))
                 if not stored:
                     self._groups.pop(group_id, None)
         return freed
@@ -158,11 +158,21 @@ class GroupStore:
         with self._space:
             return sorted((group_id, each) for group_id, attempts in self._groups.items() for each in attempts)
 
+    def raw(self, name: str) -> bytes:
+        """A file as it is on disk, by its name (group_file, embedding_file). Raises NotStored."""
+        with self._space:
+            if name not in self._sizes:
+                raise NotStored(f"{name} is not in {self.folder}")
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise NotStored(f"{name} cannot be read in {self.folder}: {error.strerror}") from error
+
     # ---- prompt embeddings ---------------------------------------------------------------------------------------
 
     def put_embedding(self, digest: str, arrays: Mapping[str, np.ndarray], wait_s: float = 0.0) -> int:
         """Store a prompt embedding once; returns the bytes written, 0 when it was there. Raises VaultFull."""
-        name = _embedding_file(digest)
+        name = embedding_file(digest)
         with self._space:
             if name in self._sizes:
                 return 0
@@ -172,7 +182,7 @@ class GroupStore:
 
     def get_embedding(self, digest: str) -> dict[str, np.ndarray]:
         """Arrays of a stored embedding. Raises NotStored."""
-        return dict(self._read(_embedding_file(digest), EmbeddingHeader))
+        return dict(self._read(embedding_file(digest), EmbeddingHeader))
 
     # ---- bounds --------------------------------------------------------------------------------------------------
 
@@ -349,6 +359,10 @@ class Vault:
     def get_embedding(self, digest: str) -> dict[str, np.ndarray]:
         return self.store.get_embedding(digest)
 
+    @ray.method(concurrency_group="reads")
+    def raw(self, name: str) -> bytes:
+        return self.store.raw(name)
+
     def delete(self, group_ids: int | Iterable[int], attempt: int | None = None) -> int:
         return self.store.delete(group_ids, attempt)
 
@@ -362,17 +376,20 @@ class Vault:
         return os.getpid()
 
 
-def _group_file(group_id: int, attempt: int) -> str:
+def group_file(group_id: int, attempt: int) -> str:
+    """Name of a painting's file in its vault's folder."""
     return f"group-{group_id:08d}-{attempt}.safetensors"
 
 
-def _embedding_file(digest: str) -> str:
+def embedding_file(digest: str) -> str:
+    """Name of a prompt embedding's file. Raises VaultError for what is no digest."""
     if not _DIGEST.match(digest):
         raise VaultError(f"{digest!r} is no digest")
     return f"embedding-{digest}.safetensors"
 
 
-def _read_header(path: Path) -> GroupHeader:
+def read_header(path: Path) -> GroupHeader:
+    """Header of a painting's file. Raises NotStored when it cannot be read."""
     try:
         with path.open("rb") as file:
             start = file.read(8)

@@ -190,6 +190,10 @@ class LedgerReader:
         """Groups of the claim under way, in the order they were claimed; empty when there is none."""
         return self._ids("WHERE live = 1 AND state = 'claimed' ORDER BY group_id")
 
+    def needed_after(self, step: int) -> list[GroupRow]:
+        """Groups with stored bytes that a run which goes on from `step` still needs."""
+        return self._select("WHERE stored = 1 AND state != 'discarded' AND (step IS NULL OR step > ?)", (step,))
+
     @property
     def live(self) -> int:
         """Live groups: admitted, neither discarded nor published."""
