@@ -25,13 +25,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import median
+from benchmarks.measuring import controller_run, median
 from contracts.config.load import config_from_tree
 
 TARGET = 0.95
 PAINT_S = {1: 0.5, 8: 2.0, 64: 8.0}
 WARM_UP_STEPS = 2
 STEPS_A_WINDOW = 2
+STAND_INS = {"painter": "benchmarks.stand_ins:WaitingPainter", "learner": "benchmarks.stand_ins:WaitingLearner"}
 
 
 def run(repeats: int = 10, actors: tuple[int, ...] = tuple(PAINT_S)) -> dict[str, Any]:
@@ -44,23 +45,10 @@ def run(repeats: int = 10, actors: tuple[int, ...] = tuple(PAINT_S)) -> dict[str
 
 def measure(actors: int, windows: int) -> dict[str, Any]:
     """One run with `actors` actors."""
-    from cluster.driver import start_ray, worker_environment
-
     paint_s, groups = PAINT_S[actors], max(4, actors)
     with tempfile.TemporaryDirectory() as folder:
         config = config_from_tree(_tree(folder, actors, paint_s, groups, windows))
-        start_ray(config)  # before Ray is imported, as it sets the authentication that Ray reads then
-        import ray
-
-        from cluster.controller import ControllerActor, Parts
-
-        try:
-            parts = Parts("benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner")
-            environment = {"env_vars": worker_environment(config)}
-            controller = ControllerActor.options(runtime_env=environment).remote(config, parts)
-            summary = ray.get(controller.run.remote())
-        finally:
-            ray.shutdown()
+        summary = controller_run(config, STAND_INS)
         times = _step_times(Path(folder) / config.name / "metrics.jsonl")
     return _row(actors, paint_s, groups, times, summary)
 
@@ -77,7 +65,8 @@ def _tree(folder: str, actors: int, paint_s: float, groups: int, windows: int) -
                     "cpus_per_actor": 0.01},
         "scorers": [{"name": "timer", "function": "benchmarks.stand_ins:score"}],
         "objective": {"name": "nft"},
-        "learner": {"engine": "plain", "cpus_per_rank": 0.01, "state_every_steps": 5},
+        "learner": {"engine": "plain", "cpus_per_rank": 0.01},
+        "checkpoint": {"every_steps": 5},
         "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
         "telemetry": {"tensorboard": False},
         "stop": {"steps": WARM_UP_STEPS + 1 + windows * STEPS_A_WINDOW},

@@ -67,7 +67,7 @@ class Watch:
         """Every law that holds at every instant."""
         self.looks += 1
         # Admission keeps (staleness + 1) steps live; a roll-back revives those of the steps it undoes.
-        steps = self.config.pipeline.max_staleness + 1 + self.config.learner.state_every_steps
+        steps = self.config.pipeline.max_staleness + 1 + self.config.checkpoint.every_steps
         most = steps * self.config.rollout.groups_per_step
         self.most_live = max(self.most_live, books.live_groups)
         self._need(books.balanced, "painted is not trained + discarded + alive", books)
@@ -228,7 +228,8 @@ def make_config(folder: Path, runs_dir: Path, minutes: float, seed: int) -> RunC
             "reward": {"lease_s": 60.0},
             "objective": {"name": "grpo"},
             "learner": {"engine": "plain", "ranks": 2, "cpus_per_rank": 0.5, "hang_timeout_s": 60.0,
-                        "state_every_steps": 5, "max_rebuilds": 10_000},
+                        "max_rebuilds": 10_000},
+            "checkpoint": {"every_steps": 5},
             "eval": {"before": False, "num_prompts": 4, "samples_to_save": 0},
             "telemetry": {"tensorboard": False},
             "stop": {"seconds": 60.0 * minutes},

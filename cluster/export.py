@@ -46,10 +46,10 @@ def export_run(run: str, out: str | None = None, *, lora: bool = False, weights:
 
 def latest_state(folder: RunFolder) -> Path:
     """The newest complete learner state of a run."""
-    states = sorted(path.parent for path in folder.checkpoints.glob(f"*/{_STATE}"))
+    states = [path.parent for path in folder.checkpoints.glob(f"step-*/{_STATE}")]
     if not states:
         raise ConfigError(
-            "RUN", f"{folder.location} has no checkpoint", "a run writes one every learner.state_every_steps, and last"
+            "RUN", f"{folder.location} has no checkpoint", "a run writes one every checkpoint.every_steps, and last"
         )
     return max(states, key=lambda state: state.name)
 

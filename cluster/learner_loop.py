@@ -124,7 +124,7 @@ class LearnerLoop:
         context.telemetry.spans(report.spans, step=number)
         await self.publish(wait=False)
         self._report(report, {**job.credit.metrics, **report.metrics}, groups, staleness, seconds)
-        if number % context.config.learner.state_every_steps == 0:
+        if number % context.config.checkpoint.every_steps == 0:
             await self.save()
         context.bell.ring()
 

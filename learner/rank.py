@@ -44,7 +44,8 @@ from learner.distributed import any_rank, check_same_names, init_distributed, su
 from learner.engines.base import Engine, EngineStep, ParamGroup
 from learner.objectives.base import ModelHandle, ScoreGradient, make_objective
 from learner.snapshots import OLD, Snapshots
-from learner.state import load_state, save_state
+from learner.state import begin_save, load_state, save_state
+from learner.state_writer import PendingSave
 from learner.types import FetchArrays, FetchEmbedding, LossSum, MicroBatch, StepJob
 from policy.policy import Policy
 from policy.weights import canary, export_arrays
@@ -229,13 +230,21 @@ class RankLearner:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
+    def begin_save(self, folder: str | Path) -> PendingSave:
+        """Hand the canonical state to the writer of a new folder on this node (learner/state.py). Rank 0 writes.
+
+        Training may go on at once; what finish() returns are the files' sizes and digests.
+        """
+        stage_bytes = self.config.checkpoint.stage_mb * 2**20
+        return begin_save(Path(folder), self.engine, self.snapshots, self._own_state(), self.rank, stage_bytes)
+
     def save_state(self, folder: str | Path) -> None:
-        """Write the canonical state to a folder of this node (learner/state.py). Rank 0 writes."""
+        """The same, waiting until the folder is there, whole."""
+        save_state(Path(folder), self.engine, self.snapshots, self._own_state(), self.rank, self.world_size)
+
+    def _own_state(self) -> dict[str, Any]:
         canaries = {str(version): answer.tolist() for version, answer in self._canaries.items()}
-        save_state(
-            Path(folder), self.engine, self.snapshots, {"canaries": canaries, "halved": self._halved}, self.rank,
-            self.world_size,
-        )  # fmt: skip
+        return {"canaries": canaries, "halved": self._halved}
 
     def load_state(self, folder: str | Path) -> None:
         """Load a state written at any number of ranks by any engine. Raises LearnerError when it does not fit."""

@@ -5,25 +5,22 @@
     <folder>/exp_avg.safetensors, exp_avg_sq.safetensors        AdamW's moments
     <folder>/snapshot-<name>.safetensors                        each snapshot, fp32
 
-Tensors are collected and written one at a time: no process ever holds a whole file of a partitioned model. A folder
-appears whole or not at all (it is renamed into place once everything is on disk).
+Tensors are collected one at a time and handed to a thread that writes them (state_writer.py), so a step waits for the
+copies to host memory, not for the disk. There is no state of a random number generator to keep: every random number
+is derived from the run's seed and ids (contracts/seeds.py), which the run's configuration and ledger hold.
 
-Does not own: when states are written and which is kept (cluster), the ledger, credit's state.
+Does not own: the rest of a checkpoint, when it is written and which is kept (cluster/checkpoints).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -31,31 +28,63 @@ from contracts.errors import LearnerError
 from learner.distributed import barrier
 from learner.engines.base import TENSOR_KINDS, Engine, TensorKind
 from learner.snapshots import Snapshots
+from learner.state_writer import NothingToWrite, PendingSave, StateWriter, folder_to_disk
 
 FORMAT = 1
 STATE_FILE = "state.json"
 
 
+def begin_save(
+    folder: Path, engine: Engine, snapshots: Snapshots, extra: dict[str, Any], rank: int, stage_bytes: int
+) -> PendingSave:
+    """Hand the state as it is now to the writer of `folder`, an empty or new one; the writing goes on beside training.
+
+    Collective; rank 0 writes. At most stage_bytes wait in host memory for the disk: a larger state is written partly
+    within this call. The folder is complete, and on disk, when finish() of what is returned has returned.
+    """
+    pending: PendingSave = StateWriter(folder, stage_bytes) if rank == 0 else NothingToWrite()
+    names = list(engine.named_trainable())
+    shapes = {name: engine.shape(name) for name in names}
+    try:
+        for kind in TENSOR_KINDS:
+            pending.tensors(f"{kind}.safetensors", shapes, partial(_tensor_of_engine, engine, kind))
+        for held in snapshots.names:
+            pending.tensors(f"snapshot-{held}.safetensors", shapes, partial(snapshots.full_tensor, held))
+    except BaseException:
+        pending.abandon()
+        raise
+    described = {
+        "format": FORMAT, "optimizer_steps": engine.optimizer_steps, "snapshots": list(snapshots.names), **extra,
+    }  # fmt: skip
+    pending.text(STATE_FILE, json.dumps(described, indent=1))
+    return pending
+
+
 def save_state(
     folder: Path, engine: Engine, snapshots: Snapshots, extra: dict[str, Any], rank: int, world_size: int
 ) -> None:
-    """Write the state; rank 0 writes, all take part. An existing folder of the name is replaced. Collective."""
-    names = list(engine.named_trainable())
-    shapes = {name: engine.shape(name) for name in names}
-    with _new_folder(folder, rank) as new:
-        for kind in TENSOR_KINDS:
-            _write(new, f"{kind}.safetensors", shapes, partial(_tensor_of_engine, engine, kind))
-        for held in snapshots.names:
-            _write(new, f"snapshot-{held}.safetensors", shapes, partial(snapshots.full_tensor, held))
-        if new is not None:
-            described = {
-                "format": FORMAT,
-                "optimizer_steps": engine.optimizer_steps,
-                "snapshots": list(snapshots.names),
-                **extra,
-            }
-            (new / STATE_FILE).write_text(json.dumps(described, indent=1))
+    """Write the state whole or not at all, and wait for it. An existing folder of the name is replaced. Collective."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        begin_save(unfinished, engine, snapshots, extra, rank, stage_bytes=0).finish()
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if rank == 0:
+        _put_in_place(unfinished, folder)
     barrier(world_size)
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    folder_to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _tensor_of_engine(engine: Engine, kind: TensorKind, name: str) -> Tensor:
@@ -92,64 +121,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     if described.get("format") != FORMAT:
         raise LearnerError(f"{folder} has format {described.get('format')}, this version reads {FORMAT}")
     return described
-
-
-@contextmanager
-def _new_folder(folder: Path, rank: int) -> Iterator[Path | None]:
-    """On rank 0 a folder that is renamed to `folder` when all went well; None on the others."""
-    if rank != 0:
-        yield None
-        return
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    for file in unfinished.iterdir():
-        _to_disk(file)
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
-    _to_disk(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(
-    folder: Path | None, file_name: str, shapes: dict[str, tuple[int, ...]], tensor_of: Callable[[str], Tensor]
-) -> None:
-    """One safetensors file of fp32 tensors, written in turn as they come; every rank calls for every tensor.
-
-    The format is a little-endian length, a JSON header with offsets, and the raw bytes: written here because the
-    library's writer wants all tensors at once.
-    """
-    if folder is None:
-        for name in shapes:
-            tensor_of(name)
-        return
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        size = 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with (folder / file_name).open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in shapes:
-            file.write(tensor_of(name).detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
 
 
 def _read(path: Path, names: Iterable[str], engine: Engine) -> Iterator[tuple[str, Tensor]]:

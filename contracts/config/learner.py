@@ -51,9 +51,6 @@ class LearnerConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig | None = None
     hang_timeout_s: float = Field(default=600.0, gt=0, description="a step longer than this means a hung rank")
-    state_every_steps: int = Field(
-        default=10, gt=0, description="steps between states that a rebuilt learner starts from"
-    )
     max_rebuilds: int = Field(default=5, ge=0)
 
 

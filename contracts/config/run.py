@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from contracts.config.base import Section
+from contracts.config.checkpoint import CheckpointConfig
 from contracts.config.learner import LearnerConfig, PipelineConfig, VaultConfig, WeightsConfig
 from contracts.config.model import ModelConfig
 from contracts.config.objectives import CreditConfig, ObjectiveConfig
@@ -50,6 +51,12 @@ class ClusterConfig(Section):
     address: str | None = Field(default=None, description="None: RAY_ADDRESS, else a local Ray of the run's own")
     num_cpus: int | None = Field(default=None, gt=0, description="CPUs of a local Ray; None: as many as the plan needs")
     object_store_mb: int = Field(default=400, gt=75, description="object store of a local Ray")
+    controller_restarts: int = Field(
+        default=5, ge=0, description="times the driver replaces a controller that died or hangs, resuming the run"
+    )
+    controller_hang_s: float = Field(
+        default=120.0, gt=0, description="a controller that does not answer the driver for so long is replaced"
+    )
 
 
 class RunConfig(Section):
@@ -71,6 +78,7 @@ class RunConfig(Section):
     pipeline: PipelineConfig = PipelineConfig()
     weights: WeightsConfig = WeightsConfig()
     vault: VaultConfig = VaultConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     stop: StopConfig
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,10 @@ class RewardConfig(Section):
     )
     max_fruitless: int = Field(
         default=512, gt=0, description="groups in a row discarded for whatever reason after which the run stops"
+    )
+    on_version_change: Literal["continue", "stop"] = Field(
+        default="continue",
+        description="what to do when a scorer's version changes within a run: record it and go on, or stop, resumable",
     )
     optional_grace_s: float = Field(
         default=10.0, ge=0, description="seconds optional scorers get after the required ones have answered"

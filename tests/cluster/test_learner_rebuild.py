@@ -96,7 +96,7 @@ def test_a_rank_lost_in_the_last_save_is_rebuilt_before_the_run_ends(tmp_path: P
 
 def two_ranks(model: Path, folder: Path, name: str) -> RunConfig:
     return tiny_config(
-        model, folder, name=name, learner__ranks=2, learner__state_every_steps=2, learner__hang_timeout_s=30.0,
+        model, folder, name=name, learner__ranks=2, checkpoint__every_steps=2, learner__hang_timeout_s=30.0,
         eval__num_prompts=1, stop__steps=STEPS,
     )  # fmt: skip
 
@@ -112,7 +112,8 @@ def timer_config(folder: Path, name: str, ranks: int = 1, learner: dict[str, Any
             "rollout": {"groups_per_step": 2, "group_size": 4, "micro_batch": 4},
             "scorers": [{"name": "timer", "function": "benchmarks.stand_ins:score"}],
             "objective": {"name": "nft"},
-            "learner": {"engine": "plain", "ranks": ranks, "state_every_steps": 2, **(learner or {})},
+            "learner": {"engine": "plain", "ranks": ranks, **(learner or {})},
+            "checkpoint": {"every_steps": 2},
             "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
             "telemetry": {"tensorboard": False},
             "stop": {"steps": 3},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from actors.painter import Painter
 from contracts.errors import LearnerError
 from learner.rank import RankLearner
-from learner.state import STATE_FILE, _write, read_description
+from learner.state import STATE_FILE, read_description
+from learner.state_writer import StateWriter
 from tests.learner.learner_harness import Painted, job_of, make_config, paint_groups, seeded_rewards, weights_of
 
 PPO = {"name": "ppo", "kl_beta": 0.1}
@@ -93,14 +96,66 @@ def test_the_files_are_plain_safetensors_under_canonical_names(build: Any, paint
     assert read_description(tmp_path / "state")["optimizer_steps"] == 2
 
 
-def test_the_streaming_writer_writes_what_the_library_reads(tmp_path: Path) -> None:
+def test_the_writer_writes_what_the_library_reads_and_digests_it(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 5), "a.empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5), "é": torch.randn(7)}
-    _write(tmp_path, "x.safetensors", {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
-    loaded = load_file(tmp_path / "x.safetensors")
+    writer = StateWriter(tmp_path / "new", 2**20)
+    writer.tensors("x.safetensors", {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
+    writer.text("note.json", "{}")
+    found = writer.finish()
+    loaded = load_file(tmp_path / "new" / "x.safetensors")
     assert sorted(loaded) == sorted(tensors)
     for name, tensor in tensors.items():
         assert loaded[name].shape == tensor.shape
         assert torch.equal(loaded[name], tensor)
+    blobs = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert found == {name: (len(blob), hashlib.sha256(blob).hexdigest()) for name, blob in blobs.items()}
+
+
+def test_training_goes_on_while_a_state_is_written(
+    build: Any, painted: Painted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk stands still until the next update is made: what is written is the state before it."""
+    learner, resumed, disk = build(), build(), threading.Event()
+    train(learner, painted)
+    before = everything(learner)
+    take = StateWriter._take
+
+    def stuck(writer: StateWriter) -> Any:
+        assert disk.wait(60)
+        return take(writer)
+
+    monkeypatch.setattr(StateWriter, "_take", stuck)
+    pending = learner.begin_save(tmp_path / "state")
+    train(learner, painted)
+    disk.set()
+    pending.finish()
+    resumed.load_state(tmp_path / "state")
+    after = everything(resumed)
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    assert any(not np.array_equal(after[name], value) for name, value in everything(learner).items())
+
+
+def test_what_waits_for_the_disk_is_bounded(tmp_path: Path) -> None:
+    tensors = {str(i): torch.full((1000,), float(i)) for i in range(20)}
+    writer, most = StateWriter(tmp_path / "new", 10_000), 0
+
+    def collect(name: str) -> torch.Tensor:
+        nonlocal most
+        most = max(most, writer._waiting_bytes)
+        return tensors[name]
+
+    writer.tensors("x.safetensors", dict.fromkeys(tensors, (1000,)), collect)
+    writer.finish()
+    assert 0 < most <= 10_000
+    assert len(load_file(tmp_path / "new" / "x.safetensors")) == 20
+
+
+def test_a_disk_that_fails_holds_nobody_up_and_is_told_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    writer = StateWriter(tmp_path / "file" / "new", 0)
+    writer.tensors("x.safetensors", {"a": (1000,), "b": (1000,)}, lambda _: torch.zeros(1000))
+    with pytest.raises(NotADirectoryError):
+        writer.finish()
 
 
 def test_an_interrupted_save_leaves_the_state_before_it(
