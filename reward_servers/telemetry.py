@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from contracts.metrics import CATALOGUE, Metric
 from contracts.scores import ScoreTable
@@ -23,6 +31,7 @@ class Telemetry:
 
     def __init__(self, scorer: str) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(namespace="salon", registry=self.registry)
         self._scorer = scorer
         ours = [metric for metric in CATALOGUE if metric.role == "reward_server"]
         self._series = {metric.name: _register(metric, self.registry) for metric in ours}

@@ -76,6 +76,7 @@ class Telemetry:
         for scorer in self.config.scorers:
             self.gauge("salon_scorer_held_out", float(scorer.held_out), scorer=scorer.name)
         self.gauge("salon_staleness_limit_steps", self.config.pipeline.max_staleness)
+        self.gauge("salon_step", 0)
         self.gauge("salon_training", 0)
 
     @property
