@@ -22,11 +22,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)  # ninja, for the extension
 # Without g++ DeepSpeed cannot compile its extension: the demo then trains with the plain torch engine.
 HAS_CXX := $(shell command -v $${CXX:-g++} >/dev/null 2>&1 && echo yes)
 
-.PHONY: help setup demo test lint format docs bench soak clean
+.PHONY: help setup demo test lint format docs bench soak ops-check ops-tools clean
 
 help:  ## list the verbs
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1|/' | \
-	  while IFS='|' read -r verb text; do printf '  make %-8s %s\n' "$$verb" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | \
+	  while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
 
 setup: $(STAMP)  ## build .venv and compile DeepSpeed's extension (once; again when the requirements change)
 
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml $(wildcard $(SALON_CONSTRAINTS))
 	  { echo "$(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' >.venv/requirements.txt
+	  print(*p["dependencies"], *(r for extra in ("dev", "ops") for r in p["optional-dependencies"][extra]), sep="\n")' >.venv/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(SALON_CONSTRAINTS),-c $(SALON_CONSTRAINTS)) \
 	  -r .venv/requirements.txt
 ifeq ($(HAS_CXX),yes)
@@ -73,6 +73,12 @@ bench: $(STAMP)  ## run the benchmarks (interleaved A/B)
 
 soak: $(STAMP)  ## train for long with faults injected
 	@$(PY) -m benchmarks soak $(ARGS)
+
+ops-check: $(STAMP)  ## check images, compose file, rules, dashboards and manifests, offline
+	@$(PY) -m cluster.deploy.check
+
+ops-tools: $(STAMP)  ## unpack promtool and the compose schema from Debian's packages into .venv/ops
+	@cluster/deploy/fetch_tools.sh
 
 clean:  ## remove the environment, runs and caches
 	rm -rf .venv runs build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
