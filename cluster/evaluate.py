@@ -181,7 +181,7 @@ class LocalJury:
 
     def _one(self, scorer: Any, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
         if scorer.name in self.scorers:
-            from contracts.scores import concatenate
+            from reward_servers.client.tables import join
 
             batch_type = registry.import_target("reward_servers.scorers.base:ScoreBatch")
             parts = [
@@ -193,7 +193,7 @@ class LocalJury:
                 )
                 for i in range(0, len(images), scorer.max_batch)
             ]  # fmt: skip
-            return concatenate(parts)
+            return join(parts)
         from cluster.scoring import make_judge
 
         async def ask() -> ScoreTable:

@@ -105,32 +105,6 @@ def failed_table(
     )  # fmt: skip
 
 
-def concatenate(tables: Sequence[ScoreTable]) -> ScoreTable:
-    """Tables of consecutive batches of one scorer as one (point, step and region kinds)."""
-    first = tables[0]
-    if len(tables) == 1:
-        return first
-    if first.kind == "pair":
-        raise PayloadError("pair tables cover a whole group and cannot be concatenated")
-    have_gradients = all(table.gradients is not None for table in tables)
-    have_uncertainty = all(table.uncertainty is not None for table in tables)
-    have_reasons = any(table.reasons for table in tables)
-    return replace(
-        first,
-        version=_joint_version(tables),
-        values=np.concatenate([table.values for table in tables]),
-        outcomes=np.concatenate([table.outcomes for table in tables]),
-        uncertainty=np.concatenate([t.uncertainty for t in tables]) if have_uncertainty else None,  # type: ignore[misc]
-        reasons=tuple(r for t in tables for r in (t.reasons or ("",) * t.num_images)) if have_reasons else (),
-        gradients=np.concatenate([t.gradients for t in tables]) if have_gradients else None,  # type: ignore[misc]
-    )
-
-
-def _joint_version(tables: Sequence[ScoreTable]) -> str:
-    versions = [t.version for t in tables if t.valid().any()] or [tables[0].version]
-    return "+".join(dict.fromkeys(versions))
-
-
 class TableHeader(Message):
     """The part of a ScoreTable that is not an array; arrays travel as values, outcomes, uncertainty, gradients."""
 
@@ -256,3 +230,4 @@ class ScorerInfo(Message):
     max_body_bytes: int
     paper: str = ""
     weight_digest: str = ""
+    whole_group: bool = Field(default=False, description="a request is one group, scored in one call")

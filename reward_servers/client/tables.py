@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from contracts.errors import PayloadError
-from contracts.scores import Outcome, ScoreTable, TableHeader, TableKind, concatenate
+from contracts.scores import Outcome, ScoreTable, TableHeader, TableKind
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,41 @@ def take(table: ScoreTable, rows: Sequence[int] | slice) -> ScoreTable:
 
 
 def join(tables: Sequence[ScoreTable]) -> ScoreTable:
-    """Tables of consecutive images as one. Failed parts take the steps or map size that the others have.
+    """Tables of consecutive images of one scorer as one. Failed parts take the steps or map size that the others have.
 
-    Raises PayloadError when the parts do not fit (other steps, other map sizes).
+    Versions of parts with a valid entry are joined by '+' where they differ. Raises PayloadError when the parts do not
+    fit (other steps, other map sizes), or are pair tables, which cover a whole group.
     """
-    model = next((table for table in tables if table.valid().any()), tables[0])
+    if len(tables) > 1 and tables[0].kind == "pair":
+        raise PayloadError("pair tables cover a whole group and cannot be joined")
+    scored = [table for table in tables if table.valid().any()]
+    model = (scored or tables)[0]
     fitted = [table if table.valid().any() else _fitted(table, model) for table in tables]
     if any(table.values.shape[1:] != model.values.shape[1:] or table.step_ids != model.step_ids for table in fitted):
         raise PayloadError("parts of one request were answered with different steps or map sizes")
-    names = [table.scorer for table in fitted if table.scorer]
-    return replace(concatenate(fitted), scorer=names[0] if names else "")
+    return replace(
+        fitted[0],
+        scorer=next((table.scorer for table in fitted if table.scorer), ""),
+        version="+".join(dict.fromkeys(table.version for table in scored or tables[:1])),
+        values=np.concatenate([table.values for table in fitted]),
+        outcomes=np.concatenate([table.outcomes for table in fitted]),
+        uncertainty=_joined([table.uncertainty for table in fitted]),
+        gradients=_joined([table.gradients for table in fitted]),
+        reasons=_joined_reasons(fitted),
+    )
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The parts as one array; None where one of them is missing."""
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if len(present) == len(parts) else None
+
+
+def _joined_reasons(tables: Sequence[ScoreTable]) -> tuple[str, ...]:
+    """A reason an image, or none at all where no part gives any."""
+    if not any(table.reasons for table in tables):
+        return ()
+    return tuple(reason for table in tables for reason in (table.reasons or ("",) * table.num_images))
 
 
 def _fitted(table: ScoreTable, model: ScoreTable) -> ScoreTable:
