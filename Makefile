@@ -69,7 +69,7 @@ docs: $(STAMP)  ## regenerate docs/configuration.md
 	$(PY) docs/generate.py
 
 bench: $(STAMP)  ## run the benchmarks (interleaved A/B)
-	@$(PY) -m benchmarks bench $(ARGS)
+	@$(PY) -m benchmarks run $(ARGS)
 
 soak: $(STAMP)  ## train for long with faults injected
 	@$(PY) -m benchmarks soak $(ARGS)

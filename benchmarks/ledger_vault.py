@@ -42,10 +42,10 @@ MEMORY_GROUPS = 16  # decoded groups that fit into the vault's memory
 STORED_GROUPS = 32
 
 
-def run(repeats: int = 10, steps: int = 12, group_calls: int = 32) -> dict[str, Any]:
+def run(repeats: int = 10, ledger_steps: int = 12, group_calls: int = 32) -> dict[str, Any]:
     """Rows by (what, producers): median, low and high in the row's unit, and the number of repeats.
 
-    steps: learner steps of one ledger repeat; group_calls: groups of one vault repeat.
+    ledger_steps: learner steps of one ledger repeat; group_calls: groups of one vault repeat.
     """
     with local_ray(4, 512), tempfile.TemporaryDirectory() as folder:
         import ray
@@ -58,7 +58,7 @@ def run(repeats: int = 10, steps: int = 12, group_calls: int = 32) -> dict[str, 
         ledgers = (Path(folder) / f"ledger-{number}.sqlite" for number in itertools.count())
         cases: dict[tuple[str, int, str], Callable[[], float]] = {}
         for producers in PRODUCERS:
-            cases["ledger", producers, "groups/s"] = partial(lives, ledgers, producers, steps)
+            cases["ledger", producers, "groups/s"] = partial(lives, ledgers, producers, ledger_steps)
             cases["vault put", producers, "bytes/s"] = partial(bench.rate, producers, bench.put_one)
             cases["vault get", producers, "bytes/s"] = partial(bench.rate, producers, bench.get_one)
             cases["file", producers, "bytes/s"] = partial(bench.rate, producers, bench.file_one)

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from contracts.config import RunConfig
 
 
 def median(values: list[float]) -> dict[str, float]:
@@ -52,6 +56,28 @@ def _time(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def rising(values: Sequence[float]) -> list[float]:
+    """The rising sequence closest to `values` by least squares (isotonic regression, pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, number = float(value), 1
+        while pools and pools[-1][0] > mean:
+            before, of_before = pools.pop()
+            mean, number = (before * of_before + mean * number) / (of_before + number), of_before + number
+        pools.append((mean, number))
+    return [mean for mean, number in pools for _ in range(number)]
+
+
+def first_reached(times: Sequence[float], values: Sequence[float], level: float) -> float | None:
+    """The time at which straight lines between points first reach `level`; None when they never do."""
+    if values[0] >= level:
+        return times[0]
+    for (start, low), (end, high) in pairwise(zip(times, values, strict=True)):
+        if high >= level:
+            return start + (end - start) * (level - low) / (high - low)
+    return None
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """torch on one thread."""
@@ -79,5 +105,29 @@ def local_ray(num_cpus: int, object_store_mb: int) -> Iterator[None]:
     )  # fmt: skip
     try:
         yield
+    finally:
+        ray.shutdown()
+
+
+def controller_run(
+    config: RunConfig, parts: Mapping[str, str], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The summary of a whole run on a Ray of its own, with other classes in the place of painter or learner.
+
+    parts: targets by field of cluster.controller.Parts;
+    environment: variables of every process of the run, beside those that any run has.
+    """
+    from cluster.driver import start_ray, worker_environment
+
+    start_ray(config)  # before Ray is imported, as it sets the authentication that Ray reads then
+    import ray
+
+    from cluster.controller import ControllerActor, Parts
+
+    try:
+        variables = {**worker_environment(config), **(environment or {})}
+        controller = ControllerActor.options(runtime_env={"env_vars": variables}).remote(config, Parts(**parts))
+        summary: dict[str, Any] = ray.get(controller.run.remote())
+        return summary
     finally:
         ray.shutdown()
