@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from contracts.config import RunConfig
     from contracts.errors import ConfigError
 
-KINDS = ("family", "sampler", "objective", "credit", "engine", "scorer", "prompts")
+KINDS = ("family", "sampler", "objective", "credit", "aggregation", "engine", "scorer", "prompts")
 
 _config = click.argument("config")
 _overrides = click.argument("overrides", nargs=-1, metavar="[a.b=c ...]")
@@ -106,7 +106,7 @@ def evaluate(target: str, overrides: Sequence[str], config: str, as_json: bool) 
 @click.option("--json", "as_json", is_flag=True, help="A list of rows: kind, name, slugs, paper, file, summary.")
 @click.option("--kind", type=click.Choice(KINDS), help="Only this kind.")
 def methods(as_json: bool, kind: str | None) -> None:
-    """List every method: families, samplers, objectives, credit, engines, scorers, prompt sources."""
+    """List every method: families, samplers, objectives, credit, aggregation, engines, scorers, prompt sources."""
     from cluster import methods as listing
 
     click.echo(listing.as_json(kind) if as_json else listing.as_text(kind))

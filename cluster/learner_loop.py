@@ -16,7 +16,7 @@ from typing import Any
 from cluster.context import RunContext, Scored
 from cluster.learner_group import LearnerGroup, Publication
 from cluster.rollout_loop import ActorFleet
-from cluster.step import draft_job, group_rewards, make_credit, make_job, reward_metrics
+from cluster.step import batch_rewards, draft_job, group_rewards, make_credit, make_job, reward_metrics
 from contracts.errors import RankLost
 from contracts.needs import objective_needs
 from contracts.wire import DiscardReason, StepReport
@@ -108,12 +108,13 @@ class LearnerLoop:
         await self._read_back(claimed)
         groups = {group_id: context.groups[group_id] for group_id in claimed}
         headers = {group_id: scored.header for group_id, scored in groups.items()}
-        rewards = {gid: scored.rewards for gid, scored in groups.items() if scored.rewards is not None}
+        tables = {gid: scored.tables for gid, scored in groups.items()}
         version, number = context.store.version, context.step + 1
         values = None
         if self.needs.critic:
             values = await self.group.values(draft_job(number, version, headers, context.config))
-        job = make_job(number, version, headers, rewards, context.config, self.credit, values)
+        aggregated = batch_rewards(number, headers, tables, context.config, self.credit)
+        job = make_job(number, version, headers, aggregated.rewards, context.config, self.credit, values)
         report = await self.group.update(job)
         staleness = context.ledger.trained(claimed, number, version)
         self.max_staleness = max(self.max_staleness, *staleness)
@@ -123,7 +124,7 @@ class LearnerLoop:
         context.telemetry.phase("learner", "update", seconds, lane="learner")
         context.telemetry.spans(report.spans, step=number)
         await self.publish(wait=False)
-        self._report(report, {**job.credit.metrics, **report.metrics}, groups, staleness, seconds)
+        self._report(report, {**aggregated.metrics, **job.credit.metrics, **report.metrics}, groups, staleness, seconds)
         if number % context.config.checkpoint.every_steps == 0:
             await self.save()
         context.bell.ring()

@@ -18,9 +18,12 @@ from contracts.digests import digest_text
 from contracts.needs import objective_needs
 from contracts.scores import ScoreTable, point_table
 from contracts.wire import DiscardReason, GroupHeader, PromptTask, Source
+from learner.credit.aggregation.base import make_aggregation
+from learner.credit.aggregation.columns import group_scores
 from learner.credit.rewards import combine, filter_group
+from learner.credit.run_credit import RunCredit
 from learner.plan import plan_updates
-from learner.types import Credit, CreditBatch, Rewards, StepJob
+from learner.types import Aggregated, Credit, CreditBatch, Rewards, StepJob
 
 if TYPE_CHECKING:
     from actors.painter import PaintedGroup
@@ -58,14 +61,14 @@ def unscored_tables(header: GroupHeader) -> dict[str, ScoreTable]:
 
 
 def group_rewards(header: GroupHeader, tables: Mapping[str, ScoreTable], config: RunConfig) -> Rewards:
-    """One group's rewards from its tables. Groups of the learner's own painting are valid and carry none yet."""
+    """One group's rewards by itself, before the claim. Groups the learner paints itself are valid and carry none."""
     size = header.group_size
     if header.source is Source.LEARNER:
         return Rewards(np.zeros(size), np.ones(size, bool), np.zeros(size))
     if PREFERENCE in tables:
         values, valid = tables[PREFERENCE].column(PREFERENCE)
         return Rewards(values.astype(np.float64), valid, np.zeros(size))
-    return combine(tables, config.scorers)
+    return combine(tables, config.scorers, size, config.credit.aggregation, header.step_indices)
 
 
 def discard_reason(header: GroupHeader, rewards: Rewards, config: RunConfig) -> DiscardReason | None:
@@ -75,10 +78,35 @@ def discard_reason(header: GroupHeader, rewards: Rewards, config: RunConfig) -> 
     return filter_group(rewards, config.reward, config.objective, objective_needs(config))
 
 
-def make_credit(config: RunConfig) -> CreditEntry:
-    """The credit entry of the run: `gae` with a critic, else `group`."""
+def make_credit(config: RunConfig) -> RunCredit:
+    """The run's credit: the rule of credit.aggregation, then `gae` with a critic, else `group`."""
     name = "gae" if objective_needs(config).critic else "group"
-    return cast("CreditEntry", registry.resolve("credit", name).load()(config.credit, config.objective))
+    entry = cast("CreditEntry", registry.resolve("credit", name).load()(config.credit, config.objective))
+    return RunCredit(make_aggregation(config.credit.aggregation), entry)
+
+
+def batch_rewards(
+    step: int,
+    headers: Mapping[int, GroupHeader],
+    tables: Mapping[int, Mapping[str, ScoreTable]],
+    config: RunConfig,
+    credit: RunCredit,
+) -> Aggregated:
+    """Rewards of the whole claimed batch, in claim order; what no jury scored keeps what it came with.
+
+    Called once a learner step: a rule with state moves it here.
+    """
+    scored = {
+        gid: group_scores(tables[gid], config.scorers, header.group_size, header.step_indices)
+        for gid, header in headers.items()
+        if header.source is Source.ACTORS
+    }
+    aggregated = credit.aggregate(scored, step)
+    rewards = {
+        gid: aggregated.rewards[gid] if gid in scored else group_rewards(header, tables[gid], config)
+        for gid, header in headers.items()
+    }
+    return Aggregated(rewards, aggregated.metrics)
 
 
 def draft_job(step: int, version: int, headers: Mapping[int, GroupHeader], config: RunConfig) -> StepJob:
@@ -95,14 +123,14 @@ def make_job(
     headers: Mapping[int, GroupHeader],
     rewards: Mapping[int, Rewards],
     config: RunConfig,
-    credit_entry: CreditEntry,
+    credit: RunCredit,
     critic_values: Mapping[int, np.ndarray] | None = None,
 ) -> StepJob:
-    """The job of one learner step: credit over the whole claimed batch, then the plan of updates."""
-    credit = credit_entry.advantages(CreditBatch(dict(rewards), dict(critic_values or {})))
+    """The job of one learner step: advantages over the whole claimed batch, then the plan of updates."""
+    advantages = credit.advantages(CreditBatch(dict(rewards), dict(critic_values or {})))
     valid = {gid: rewards[gid].valid for gid in headers}
-    plans = plan_updates(headers, valid, credit, objective_needs(config), config, step)
-    return StepJob(step, version, dict(headers), credit, tuple(plans))
+    plans = plan_updates(headers, valid, advantages, objective_needs(config), config, step)
+    return StepJob(step, version, dict(headers), advantages, tuple(plans))
 
 
 def reward_metrics(tables: Mapping[int, Mapping[str, ScoreTable]]) -> dict[str, dict[str, float]]:

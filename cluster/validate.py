@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cluster.checks.aggregation import check_aggregation
 from cluster.checks.declared import look_up
 from cluster.checks.inputs import check_inputs, metadata_keys
 from cluster.checks.jury import ask_servers, check_jury, check_metadata
@@ -25,6 +26,7 @@ def check(config: RunConfig) -> list[ConfigError]:
         *declared.errors,
         *check_method(config, declared),
         *check_jury(config, declared),
+        *check_aggregation(config, declared),
         *check_metadata(config, declared, metadata_keys(config)),
         *check_inputs(config, declared),
         *check_machines(config),

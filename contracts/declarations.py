@@ -47,6 +47,7 @@ class ScorerGives(Message):
     gradients: bool = False
     accepts: Literal["images", "latents"] = "images"
     metadata_keys: tuple[str, ...] = ()  # keys every prompt's metadata must hold
+    uncertainty: bool = False  # the table says how sure each value is (standard deviations)
 
 
 class PromptsGive(Message):
@@ -64,4 +65,15 @@ class CreditGives(Message):
     needs_values: bool = False
 
 
-Declaration = ObjectiveNeeds | SamplerGives | ScorerGives | PromptsGive | CreditGives | None
+class AggregationNeeds(Message):
+    """What a rule from many scores to one signal reads, and what its signal is good for."""
+
+    kinds: tuple[Literal["point", "step", "pair", "region"], ...] = ("point", "pair")  # tables it reads
+    columns: Literal["weighted", "named"] = "weighted"  # takes the scorers' weights, or names its columns itself
+    uncertainty: bool = False  # some scorer must say how sure it is
+    std: tuple[Literal["global", "group", "none"], ...] = ("global", "group", "none")  # what credit.std may be
+    critic: Literal["any", "never", "always"] = "any"  # never: the signal is relative to a group; always: per step
+    scales: bool = False  # weighs samples after centring, which preference pairs would not see
+
+
+Declaration = ObjectiveNeeds | SamplerGives | ScorerGives | PromptsGive | CreditGives | AggregationNeeds | None

@@ -15,11 +15,19 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from contracts.declarations import CreditGives, Declaration, ObjectiveNeeds, PromptsGive, SamplerGives, ScorerGives
+from contracts.declarations import (
+    AggregationNeeds,
+    CreditGives,
+    Declaration,
+    ObjectiveNeeds,
+    PromptsGive,
+    SamplerGives,
+    ScorerGives,
+)
 from contracts.errors import RegistryError
 from contracts.wire import Source
 
-Kind = Literal["family", "sampler", "objective", "credit", "engine", "scorer", "prompts"]
+Kind = Literal["family", "sampler", "objective", "credit", "aggregation", "engine", "scorer", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,53 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("credit", "gae", "learner.credit.gae:GAE", "High-Dimensional Continuous Control Using GAE (1506.02438)",
           "generalised advantage estimation along the recorded denoising steps", ("ddpo-ppo",),
           CreditGives(shape="step", needs_values=True)),
+    Entry("aggregation", "weighted_sum", "learner.credit.aggregation.weighted_sum:WeightedSum", "standard",
+          "sum of the columns that count, with the scorers' weights", (), AggregationNeeds(kinds=("point",))),
+    Entry("aggregation", "gdpo", "learner.credit.aggregation.gdpo:GDPO",
+          "GDPO: Group reward-Decoupled Normalization (2601.05242)",
+          "each reward normalised within its group by itself, then the weighted sum, whitened over the batch",
+          ("gdpo",), AggregationNeeds(std=("global", "none"), critic="never")),
+    Entry("aggregation", "pareto", "learner.credit.aggregation.pareto:Pareto",
+          "Parrot: Pareto-optimal Multi-Reward RL (2401.05675)",
+          "samples that no other beats in every reward are trained on, the others not at all",
+          ("parrot",), AggregationNeeds(critic="never", scales=True)),
+    Entry("aggregation", "constrained", "learner.credit.aggregation.constrained:Constrained",
+          "Confronting Reward Model Overoptimization with Constrained RLHF (2310.04373)",
+          "Lagrange multipliers hold each reward at the point beyond which it stops being useful",
+          ("constrained-rlhf",), AggregationNeeds(columns="named", std=("none",), critic="never")),
+    Entry("aggregation", "base_and_bonus", "learner.credit.aggregation.base_and_bonus:BaseAndBonus",
+          "Trust Your Critic: FIRM (2603.12247)",
+          "a bonus that multiplies the base, so that a secondary quality cannot buy off a failed primary one",
+          ("firm",), AggregationNeeds(columns="named")),
+    Entry("aggregation", "log_tame", "learner.credit.aggregation.log_tame:LogTame", "PaCo-RL (2512.04784)",
+          "weighted sum in which rewards of great variability go through log(1 + r)",
+          ("paco-rl",), AggregationNeeds()),
+    Entry("aggregation", "gates", "learner.credit.aggregation.gates:Gates",
+          "Stabilizing Long-term Multi-turn RL with Gated Rewards (2508.10548)",
+          "rewards in order of priority: a later one counts only where the earlier ones pass",
+          ("g-ra",), AggregationNeeds(columns="named")),
+    Entry("aggregation", "trust", "learner.credit.aggregation.trust:Trust", "SophiaVL-R1, Trust-GRPO (2505.17018)",
+          "a soft judge beside a verifier, weighted by how well it ranks what the verifier knows, and annealed",
+          ("sophiavl",), AggregationNeeds(columns="named")),
+    Entry("aggregation", "confidence_mix", "learner.credit.aggregation.confidence_mix:ConfidenceMix",
+          "Beyond Monolithic Rewards: HARMO (2510.05283)",
+          "a rule as far as it is confident, a learned reward for the rest; adherence and a length penalty",
+          ("harmo",), AggregationNeeds(columns="named")),
+    Entry("aggregation", "win_rate", "learner.credit.aggregation.win_rate:WinRate", "Pref-GRPO (2508.20751)",
+          "share of the group that a sample beats, from a pairwise judge or from point scores with ties",
+          ("pref-grpo",), AggregationNeeds(critic="never")),
+    Entry("aggregation", "uncertainty", "learner.credit.aggregation.uncertainty:Uncertainty",
+          "Ctrl-U (2410.11236), PrefPaint (2410.21966)",
+          "weighted sum whose advantages count less where the scorers are unsure",
+          ("prefpaint", "ctrl-u"), AggregationNeeds(uncertainty=True, kinds=("point",), scales=True)),
+    Entry("aggregation", "directional", "learner.credit.aggregation.directional:Directional",
+          "D2-Align: Directional Decoupling Alignment (2512.24146)",
+          "a reward corrected along a learned direction of its text embedding, against preference mode collapse",
+          ("d2-align",), AggregationNeeds(columns="named")),
+    Entry("aggregation", "ppr_renorm", "learner.credit.aggregation.ppr_renorm:PPRRenorm",
+          "Hybrid Reward Normalization, PPR (2509.25598)",
+          "a reward for each step whose sign follows the final outcome",
+          ("ppr-renorm",), AggregationNeeds(kinds=("point", "pair", "step"), columns="named", critic="always")),
     Entry("engine", "plain", "learner.engines.plain:PlainEngine", "standard", "torch AdamW, DDP over several ranks"),
     Entry("engine", "deepspeed", "learner.engines.deepspeed:DeepSpeedEngine", "ZeRO (1910.02054)",
           "DeepSpeed ZeRO stages 0 to 3"),

@@ -31,15 +31,28 @@ class Rewards:
 
     optional float64 [G]: weighted sum of optional scorers, centred over the samples that have them, 0 where missing;
     it is added to the centred reward, so a missing optional score contributes nothing (law 4).
+    scale float64 [G] or None: multiplies each sample's advantage after centring and normalisation.
+    steps float64 [G,K] or None: a reward for each recorded step, the last of which is the final one; a critic's credit
+    takes them instead of the final reward alone.
     """
 
     values: np.ndarray
     valid: np.ndarray
     optional: np.ndarray
+    scale: np.ndarray | None = None
+    steps: np.ndarray | None = None
 
     def totals(self) -> np.ndarray:
         """float64 [G]: values plus the centred optional part; NaN where invalid."""
         return self.values + self.optional
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What a rule made of a batch's scores: rewards by group id, and metrics of the rule."""
+
+    rewards: Mapping[int, Rewards]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

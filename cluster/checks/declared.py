@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from contracts import registry
 from contracts.config import RunConfig
-from contracts.declarations import ObjectiveNeeds, PromptsGive, SamplerGives, ScorerGives
+from contracts.declarations import AggregationNeeds, ObjectiveNeeds, PromptsGive, SamplerGives, ScorerGives
 from contracts.errors import ConfigError, RegistryError
 
-Kind = TypeVar("Kind", ObjectiveNeeds, SamplerGives, PromptsGive, ScorerGives)
+Kind = TypeVar("Kind", ObjectiveNeeds, SamplerGives, PromptsGive, ScorerGives, AggregationNeeds)
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Declared:
     prompts: PromptsGive | None
     scorers: Mapping[str, ScorerGives | None]
     errors: list[ConfigError] = field(default_factory=list)
+    aggregation: AggregationNeeds | None = None
 
 
 def look_up(config: RunConfig) -> Declared:
@@ -38,7 +39,12 @@ def look_up(config: RunConfig) -> Declared:
         prompts=_declares("prompts", config.prompts.source, "prompts.source", PromptsGive, errors),
         scorers={scorer.name: _scorer(config, index, errors) for index, scorer in enumerate(config.scorers)},
         errors=errors,
+        aggregation=_aggregation(config, errors),
     )
+
+
+def _aggregation(config: RunConfig, errors: list[ConfigError]) -> AggregationNeeds | None:
+    return _declares("aggregation", config.credit.aggregation.name, "credit.aggregation.name", AggregationNeeds, errors)
 
 
 def _family(config: RunConfig) -> Iterator[ConfigError]:

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 import httpx
 from pydantic import ValidationError
 
-from cluster.checks.declared import Declared
+from cluster.checks.aggregation import scorer_mismatch
+from cluster.checks.declared import Declared, look_up
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
-from contracts.declarations import ScorerGives
+from contracts.declarations import AggregationNeeds, ScorerGives
 from contracts.errors import ConfigError
 from contracts.scores import ScorerInfo
 
@@ -28,14 +29,16 @@ def check_jury(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
     for index, scorer in enumerate(config.scorers):
         gives = declared.scorers[scorer.name]
         if gives is not None:
-            yield from _scorer(config, index, scorer, gives)
+            yield from _scorer(config, index, scorer, gives, declared.aggregation)
     yield from _weights(config)
     yield from _judging(config, declared)
     if declared.objective is not None and declared.objective.reward_gradient:
         yield from _gradient(config, declared)
 
 
-def _scorer(config: RunConfig, index: int, scorer: ScorerConfig, gives: ScorerGives) -> Iterator[ConfigError]:
+def _scorer(
+    config: RunConfig, index: int, scorer: ScorerConfig, gives: ScorerGives, rule: AggregationNeeds | None
+) -> Iterator[ConfigError]:
     where = f"scorers.{index}"
     unknown = [] if scorer.function else [column for column in scorer.weights if column not in gives.columns]
     if unknown:
@@ -44,11 +47,7 @@ def _scorer(config: RunConfig, index: int, scorer: ScorerConfig, gives: ScorerGi
             f"{scorer.name} has no column {', '.join(unknown)}",
             f"it has {', '.join(gives.columns)}",
         )
-    if gives.kind != "point" and not scorer.held_out:
-        yield ConfigError(
-            where, f"{scorer.name} answers a {gives.kind} table and rewards are summed from point tables",
-            "set held_out: true, or use a scorer of one number an image",
-        )  # fmt: skip
+    yield from scorer_mismatch(config, index, gives, rule)
     if gives.accepts == "latents":
         yield ConfigError(where, f"{scorer.name} reads latents; the jury is sent images", "use a scorer of images")
 
@@ -179,7 +178,7 @@ def _compare(
         yield ConfigError(f"{where}.urls", f"the replicas of {scorer.name} differ ({said})", "serve one version")
     for info in infos[:1]:
         gives = ScorerGives(kind=info.kind, columns=info.columns, gradients=info.offers_gradients, accepts=info.accepts)
-        yield from _scorer(config, index, scorer, gives)
+        yield from _scorer(config, index, scorer, gives, look_up(config).aggregation)
         if scorer.version not in ("latest", info.version):
             yield ConfigError(
                 f"{where}.version", f"{scorer.name} is at {info.version}", f"write {info.version} or latest"

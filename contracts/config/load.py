@@ -18,10 +18,15 @@ from contracts.errors import ConfigError, ConfigErrors
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run configuration of a YAML file with overrides applied. Raises ConfigErrors listing every mistake."""
-    tree = _read_yaml(Path(path))
+    return config_from_tree(read_tree(Path(path), overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain tree of a YAML file with overrides applied, not validated. Raises ConfigError."""
+    tree = _read_yaml(path)
     for keys, value in parse_overrides(overrides):
         _set_in(tree, keys, value)
-    return config_from_tree(tree)
+    return tree
 
 
 def config_from_tree(tree: dict[str, Any]) -> RunConfig:
@@ -92,19 +97,25 @@ def _index(node: list[Any], key: str, keys: list[str]) -> int:
 
 def _explain(item: Any) -> ConfigError:
     location = [str(part) for part in item["loc"]]
-    field = ".".join(part for part in location if part not in ("grpo", "ppo", "nft", "dpo", "alignprop", "custom"))
+    field = ".".join(part for place, part in enumerate(location) if not _is_tag(item["loc"], place))
     if item["type"] == "extra_forbidden":
         return ConfigError(field, "unknown key", _did_you_mean(item["loc"]))
     if item["type"] == "missing":
         return ConfigError(field, "is required")
     if item["type"] == "union_tag_invalid":
         expected = item["ctx"]["expected_tags"].replace("'", "").replace(", custom", "")
+        kind = location[-1]
         return ConfigError(
-            f"{field}.name", f"unknown objective {item['ctx']['tag']!r}", f"one of {expected}, or module:Class"
+            f"{field}.name", f"unknown {kind} {item['ctx']['tag']!r}", f"one of {expected}, or module:Class"
         )
     message = item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item["input"], dict | BaseModel) else f" (given {item['input']!r})"
     return ConfigError(field or "configuration", message + given)
+
+
+def _is_tag(location: Sequence[int | str], place: int) -> bool:
+    """Whether the part at `place` is a variant's name that pydantic put there, and no key of the file."""
+    return place > 0 and location[place - 1] in ("objective", "aggregation")
 
 
 def _did_you_mean(location: Sequence[int | str]) -> str:

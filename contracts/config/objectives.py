@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from contracts.config.aggregation import AggregationConfig, WeightedSumConfig
 from contracts.config.base import Section
 
 
@@ -109,4 +110,5 @@ class CreditConfig(Section):
 
     std: Literal["global", "group", "none"] = Field(default="global", description="denominator's scope")
     eps: float = Field(default=1e-4, gt=0)
+    aggregation: AggregationConfig = WeightedSumConfig()
     normalise: bool = Field(default=True, description="gae: whiten advantages over the batch, once")

@@ -50,7 +50,7 @@ class ScorerConfig(Section):
 
 
 class RewardConfig(Section):
-    """From many score columns to one reward a sample: the weighted sum over scorers' `weights`."""
+    """The jury's leases and limits, and which groups are never trained."""
 
     min_valid: int = Field(default=2, gt=0, description="valid samples a group needs to be trained")
     drop_zero_variance: bool = True

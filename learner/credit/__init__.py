@@ -1,5 +1,6 @@
-"""From score tables to advantages, numpy only: rewards, the filter before the claim, advantages, preference pairs.
+"""From score tables to advantages, numpy only: aggregation, the filter before the claim, advantages, preference pairs.
 
-rewards.py combines tables into one reward a sample and says which groups are never trained; group.py and gae.py yield
-advantages; pairs.py picks preferences. base.py is the contract of an entry.
+aggregation/ makes one reward a sample of many scores; rewards.py looks at one group before the claim; group.py and
+gae.py yield advantages; pairs.py picks preferences; run_credit.py keeps the state of all of it. base.py is the contract
+of an advantage entry.
 """

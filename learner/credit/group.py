@@ -2,6 +2,7 @@
 
 A_i = (R_i - mean_group) / (std + eps), mean over the group's valid samples, std the population estimator over all
 valid samples of the batch (`global`), of the group (`group`), or 1 (`none`). A constant group yields exactly 0.
+Weights that the aggregation gives samples (Rewards.scale) multiply what comes out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class GroupAdvantage(CreditEntry):
             return advantages  # not by subtraction: the mean of equal floats may differ from them by an ulp
         centred = values[valid] - values[valid].mean()
         advantages[valid] = centred / self._denominator(values[valid], global_std)
-        return advantages
+        return advantages if rewards.scale is None else advantages * rewards.scale
 
     def _denominator(self, values: np.ndarray, global_std: float) -> float:
         if self.config.std == "none":
