@@ -126,7 +126,8 @@ def controller_run(
 
     try:
         variables = {**worker_environment(config), **(environment or {})}
-        controller = ControllerActor.options(runtime_env={"env_vars": variables}).remote(config, Parts(**parts))
+        actor: Any = ControllerActor
+        controller = actor.options(runtime_env={"env_vars": variables}).remote(config, Parts(**parts))
         summary: dict[str, Any] = ray.get(controller.run.remote())
         return summary
     finally:

@@ -34,6 +34,7 @@ SECTIONS = {
     "ledger_vault": Section("Ledger and vault at 1 and 16 producers"),
     "weights": Section("Weights from publish to loaded"),
     "scoring": Section("A reward server against a bare call of its scorer"),
+    "trace": Section("Tracing and telemetry against the learner step (at most 2 %)"),
     "demo_time": Section("The demo's time to half its held-out gain against the in-process loop", limit_s=7200.0),
     "ppo_critic": Section("PPO's critic on the playground: explained variance", limit_s=7200.0, timing=False),
     "alignprop_cnn": Section("Alignprop with the trained scorer on the playground", limit_s=7200.0, timing=False),
@@ -86,8 +87,8 @@ def write(results: dict[str, dict[str, Any]], docs: Path) -> None:
     """Bring both pages up to date; what stands in benchmarks.json of other benchmarks is kept."""
     data, page = docs / "benchmarks.json", docs / "benchmarks.md"
     kept = json.loads(data.read_text()) if data.is_file() else {}
-    merged = {name: results.get(name, kept.get(name)) for name in NAMES}
-    merged = {name: result for name, result in merged.items() if result is not None}
+    found = {**kept, **results}
+    merged = {name: found[name] for name in NAMES if name in found}
     data.write_text(json.dumps(merged, indent=1) + "\n")
     page.write_text(_with_sections(page.read_text() if page.is_file() else "", merged))
 
