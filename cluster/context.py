@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from contracts.config import RunConfig
 from contracts.scores import ScoreTable
-from contracts.wire import GroupHeader
+from contracts.wire import DiscardReason, GroupHeader
 from learner.types import Rewards
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class RunContext:
     stopping: bool = False
     failure: BaseException | None = None
     train_started: float | None = None
+    waiting_for_room: set[tuple[int, int]] = field(default_factory=set)  # (group id, attempt): painted, vault full
+    room_wanted: bool = False  # the learner is to save a state now, which frees what it covers
+    learner_waits: bool = False  # for groups to claim
 
     def vault(self, name: str | None) -> Any:
         """A vault's handle; a group that was painted always names one."""
@@ -106,6 +109,15 @@ class RunContext:
         if stop.seconds is not None:
             shares.append(self.train_seconds() / stop.seconds)
         return min(1.0, max(shares))
+
+    def lost(self, group_id: int, why: str) -> None:
+        """A vault no longer has a group's bytes: the group is painted again, with the same seeds."""
+        row = self.ledger.row(group_id)
+        self.ledger.lost(group_id)
+        self.forget([group_id])
+        self.telemetry.count("salon_images_discarded_total", row.painted, reason=DiscardReason.LOST.value)
+        self.telemetry.event("group_lost", group=group_id, vault=row.vault, why=why)
+        self.bell.ring()
 
     def forget(self, group_ids: list[int]) -> None:
         """Drop what is in memory of groups that left the run."""

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.host_copies import HostCopies
-from cluster.refs import value
+from cluster.refs import root_cause, value
 from cluster.workers import RankWorker
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
-from contracts.errors import LearnerError, RankLost, WeightsError
+from contracts.errors import LearnerError, NotStored, RankLost, WeightsError
 from contracts.wire import StepReport, WeightOffer
 from learner.types import StepJob
 
@@ -64,6 +64,7 @@ class LearnerGroup:
         self.placement: Any = None
         self.copies = HostCopies(config.weights) if config.weights.transport == "collective" else None
         self.lost_broadcasts = 0
+        self.halved = False  # micro-batches, where ranks cannot agree on it in mid-update
 
     async def start(self, state: Path | None = None) -> None:
         """Create all ranks, join them in a process group and load `state`.
@@ -80,7 +81,7 @@ class LearnerGroup:
         self.ranks = [self._create(rank) for rank in range(learner.ranks)]
         address, port = (await self._gather([self.ranks[0].rendezvous.remote()], limit))[0]
         folder = None if state is None else str(state)
-        self.processes = await self._call_all("build", address, port, folder, timeout_s=limit)
+        self.processes = await self._call_all("build", address, port, folder, self.halved, timeout_s=limit)
 
     def _create(self, rank: int) -> Any:
         learner = self.config.learner
@@ -168,9 +169,11 @@ class LearnerGroup:
         if dead:
             return RankLost(f"learner ranks {dead} died: {_last_line(errors[dead[0]])}")
         index, error = next(iter(errors.items()))
-        cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error
-        if isinstance(cause, LearnerError):
+        cause = None if error is None else root_cause(error)
+        if isinstance(cause, LearnerError | NotStored):
             return cause
+        if type(cause).__name__ == "OutOfMemoryError":  # torch's, outside what is repeated with half the micro-batch
+            return LearnerError(f"learner rank {index} is out of memory; lower learner.micro_batch, or add ranks")
         if self.config.learner.ranks > 1 and _is_collective_error(cause or error):
             return RankLost(f"learner rank {index} lost its peers: {cause or error}")
         return cause if isinstance(cause, Exception) else LearnerError(f"learner rank {index} failed: {error}")

@@ -29,7 +29,7 @@ def prepare_process(name: str, metrics: bool = True) -> None:
 
 
 def describe_process(_actor: Any = None) -> dict[str, Any]:
-    """Process id, node, resident memory and where /metrics is (None: nowhere); asked of Ray actors (`__ray_call__`)."""
+    """Pid, start, node, memory, and where /metrics is (None: nowhere); asked of Ray actors (`__ray_call__`)."""
     import psutil
     import ray
 
@@ -38,6 +38,7 @@ def describe_process(_actor: Any = None) -> dict[str, Any]:
     address = process.address()
     return {
         "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
         "node": ray.get_runtime_context().get_node_id(),
         "memory_bytes": psutil.Process().memory_info().rss,
         "metrics": address and targets.reachable(address, ray.util.get_node_ip_address()),

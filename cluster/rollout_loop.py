@@ -17,14 +17,20 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.context import RunContext, Scored
-from cluster.refs import value
+from cluster.refs import all_or_none, root_cause, value
 from cluster.workers import ActorWorker
-from contracts.errors import SalonError, StaleLease, WeightsNotProven, WeightsTimeout
+from contracts.errors import NotStored, SalonError, StaleLease, WeightsNotProven, WeightsTimeout
 from contracts.wire import DiscardReason, GroupState, PaintReceipt, PromptTask, Source
+
+MAX_LOST = 4
+"""Paintings lost in a row with their actors that stop the run, in units of rollout.max_attempts for every actor."""
 
 MAX_UNPROVEN = 3
 """Failed proofs of an actor that stop the run: one broken process is replaced, a broken load cannot be."""
 
+
+START_S = 900.0
+"""Time the actors have to find room and to load their model."""
 
 REVIVE_ATTEMPTS = 20
 
@@ -47,9 +53,20 @@ class ActorFleet:
         return options.remote(self.context.config, name, self.context.vaults, self.painter)
 
     async def start(self) -> None:
-        """Create every actor and wait until all have loaded their model."""
+        """Create every actor and wait until all have loaded their model.
+
+        Raises SalonError when they have not within START_S: the cluster has no room for them, or they hang.
+        """
         self.handles = {name: self._create(name) for name in self.names}
-        infos = await asyncio.gather(*(value(handle.ready.remote()) for handle in self.handles.values()))
+        ready = all_or_none(*(value(handle.ready.remote()) for handle in self.handles.values()))
+        try:
+            infos = await asyncio.wait_for(ready, START_S)
+        except TimeoutError:
+            rollout = self.context.config.rollout
+            raise SalonError(
+                f"{rollout.actors} rollout actors of {rollout.cpus_per_actor:g} CPU and {rollout.gpus_per_actor:g} GPU "
+                f"were not ready within {START_S:.0f} s: the cluster has no room for them, or their model loads slowly"
+            ) from None
         self.processes = dict(zip(self.names, infos, strict=True))
 
     def offer_all(self) -> None:
@@ -128,7 +145,8 @@ class RolloutLoop:
     ) -> None:
         self.context, self.fleet, self.on_generated = context, fleet, on_generated
         self.unproven: dict[str, int] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: dict[asyncio.Task[None], tuple[int, int]] = {}  # -> (group id, attempt)
+        self.lost_in_a_row = 0  # paintings lost with their actors since the last one that was not
         self.in_hand = dict.fromkeys(fleet.names, 0)
         self.free_since = dict.fromkeys(fleet.names, time.monotonic())
 
@@ -137,11 +155,13 @@ class RolloutLoop:
         self.free_since = dict.fromkeys(self.fleet.names, time.monotonic())
         await self.context.bell.wait_until(self._hand_out)
         while self.tasks:
-            await asyncio.wait(self.tasks)
+            await asyncio.wait(self.tasks, timeout=1.0)
+            for task in [task for task, painting in self.tasks.items() if painting in self.context.waiting_for_room]:
+                task.cancel()  # nobody makes room any more
 
     def _hand_out(self) -> bool:
         """Lease every group that may be painted now to an actor that can take it. True once the run stops."""
-        while not self.context.stopping:
+        while not self.context.stopping and not self.context.waiting_for_room:
             name = self._least_busy()
             if name is None:
                 break
@@ -164,11 +184,11 @@ class RolloutLoop:
             self.context.telemetry.phase("actor", "wait_for_prompt", waited, lane=name)
         self.in_hand[name] += 1
         painting = asyncio.create_task(self._paint(name, task))
-        self.tasks.add(painting)
+        self.tasks[painting] = (task.group_id, task.attempt)
         painting.add_done_callback(lambda done: self._ended(name, done))
 
     def _ended(self, name: str, done: asyncio.Task[None]) -> None:
-        self.tasks.discard(done)
+        self.tasks.pop(done)
         self.in_hand[name] -= 1
         self.free_since[name] = time.monotonic()
         if not done.cancelled() and done.exception() is not None:
@@ -183,16 +203,39 @@ class RolloutLoop:
     async def _paint(self, name: str, task: PromptTask) -> None:
         handle = self.fleet.handles[name]
         try:
-            receipt = await asyncio.wait_for(value(handle.paint.remote(task)), task.deadline_s)
+            receipt = await self._receipt(handle.paint.remote(task), task)
         except (RayActorError, TimeoutError) as error:
             self.context.telemetry.event("paint_lost", actor=name, group=task.group_id, error=type(error).__name__)
             self._give_back(task)
+            self._count_lost(error)
             await self.fleet.revive_once(name, kill=isinstance(error, TimeoutError))
             return
         except (RayTaskError, SalonError) as error:
             await self._failed(name, task, error)
             return
         await self._accept(name, task, receipt)
+
+    async def _receipt(self, painting: Any, task: PromptTask) -> PaintReceipt:
+        """What the actor answers within the task's lease, which is renewed while the group waits for room."""
+        answer = asyncio.ensure_future(value(painting))
+        try:
+            while not (await asyncio.wait([answer], timeout=task.deadline_s))[0]:
+                if (task.group_id, task.attempt) not in self.context.waiting_for_room:
+                    raise TimeoutError
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    def _count_lost(self, error: Exception) -> None:
+        """One actor that dies is replaced; when none ever comes back with a painting, the run cannot go on."""
+        rollout = self.context.config.rollout
+        self.lost_in_a_row += 1
+        if self.lost_in_a_row >= MAX_LOST * rollout.max_attempts * rollout.actors:
+            what = "outlived rollout.lease_s" if isinstance(error, TimeoutError) else "lost its actor"
+            self.context.stop(SalonError(
+                f"each of the last {self.lost_in_a_row} paintings {what}, so nothing is painted; the last one: "
+                f"{type(error).__name__} {error}"
+            ))  # fmt: skip
 
     async def _accept(self, name: str, task: PromptTask, receipt: PaintReceipt) -> None:
         telemetry = self.context.telemetry
@@ -201,10 +244,10 @@ class RolloutLoop:
         except StaleLease as error:
             telemetry.event("late_result", actor=name, group=task.group_id, attempt=task.attempt, why=str(error))
             return
-        header = await value(self.context.vault(receipt.vault).header.remote(task.group_id, task.attempt))
-        self.context.groups[task.group_id] = Scored(header)
+        self.lost_in_a_row = 0
         telemetry.observe("salon_paint_seconds", receipt.paint_seconds, actor=name)
-        telemetry.count("salon_images_painted_total", task.group_size)
+        if task.source is not Source.LEARNER:  # the learner's own are painted in the update
+            telemetry.count("salon_images_painted_total", task.group_size)
         telemetry.phase("actor", "paint", receipt.paint_seconds)
         telemetry.phase("actor", "store", receipt.store_seconds)
         telemetry.phase("actor", "wait_for_weights", receipt.wait_weights_seconds)
@@ -216,10 +259,19 @@ class RolloutLoop:
         if state is GroupState.DISCARDED:
             telemetry.count("salon_images_discarded_total", task.group_size, reason=DiscardReason.STALE.value)
             return
+        try:
+            header = await value(self.context.vault(receipt.vault).header.remote(task.group_id, task.attempt))
+        except RayTaskError as error:
+            if not isinstance(root_cause(error), NotStored):
+                raise
+            self.context.lost(task.group_id, "its vault lost it after the receipt")
+            return
+        self.context.groups[task.group_id] = Scored(header)
         await self.on_generated(task.group_id, receipt.vault)
 
     async def _failed(self, name: str, task: PromptTask, error: Exception) -> None:
-        cause = getattr(error, "cause", None) or error
+        self.lost_in_a_row = 0
+        cause = root_cause(error)
         state = self._give_back(task)
         if isinstance(cause, WeightsNotProven):
             await self._replace_unproven(name, cause)

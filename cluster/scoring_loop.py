@@ -8,18 +8,22 @@ Does not own: the requests (scoring.py), rewards (learner/credit).
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.context import RunContext
+from cluster.fruitless import Fruitless
+from cluster.refs import root_cause, value
 from cluster.step import discard_reason, group_rewards, unscored_tables
-from contracts.errors import ScoringError, StaleLease
+from contracts.errors import NotStored, ScoringError, StaleLease
 from contracts.scores import Outcome, ScoreTable
-from contracts.wire import DiscardReason, Source, Span
+from contracts.wire import DiscardReason, GroupState, Source, Span
+
+DISPATCHER_ATTEMPTS = 120
+"""Questions to a dispatcher that died before the next attempt to score is made all the same."""
 
 
 class ScoringLoop:
@@ -29,7 +33,7 @@ class ScoringLoop:
         self.context, self.dispatcher = context, dispatcher
         self.tasks: set[asyncio.Task[None]] = set()
         self.unscored = 0  # groups in a row without enough valid scores
-        self.fruitless: Counter[DiscardReason] = Counter()  # groups in a row that were discarded, by reason
+        self.fruitless = Fruitless(context)
 
     async def submit(self, group_id: int, vault: str) -> None:
         """Begin scoring a generated group; returns at once."""
@@ -51,13 +55,38 @@ class ScoringLoop:
             try:
                 tables, spans = await asyncio.wait_for(self._tables(group_id, vault), lease_s)
             except (RayActorError, RayTaskError, TimeoutError) as error:
-                self.context.telemetry.event("scoring_lost", group=group_id, error=type(error).__name__)
-                if str(ledger.give_back(group_id, attempt)) == "discarded":
+                if await self._lost(group_id, vault, attempt, error):
                     return
-                await asyncio.sleep(0.5)
                 continue
             self._book(group_id, attempt, tables, spans)
             return
+
+    async def _lost(self, group_id: int, vault: str, attempt: int, error: Exception) -> bool:
+        """Give the lease back and say whether the group has left scoring: its bytes are gone, or it was discarded."""
+        cause, context = root_cause(error), self.context
+        if isinstance(cause, NotStored):
+            if context.ledger.row(group_id).attempt == attempt:
+                context.lost(group_id, str(cause))
+            return True
+        context.telemetry.event("scoring_lost", group=group_id, error=f"{type(cause).__name__}: {cause}"[:300])
+        if context.ledger.give_back(group_id, attempt) is GroupState.DISCARDED:
+            images = context.ledger.row(group_id).painted
+            self._count_discarded(group_id, images, DiscardReason.ATTEMPTS)
+            self.fruitless.check()
+            return True
+        if isinstance(error, RayActorError):
+            await self.dispatcher_is_back()
+        await asyncio.sleep(0.5)
+        return False
+
+    async def dispatcher_is_back(self) -> None:
+        """Wait for the dispatcher that Ray starts again, so that its death counts once for a group in scoring."""
+        for _ in range(DISPATCHER_ATTEMPTS):
+            try:
+                await asyncio.wait_for(value(self.dispatcher.ready.remote()), 10)
+                return
+            except (RayError, TimeoutError):
+                await asyncio.sleep(0.5)
 
     async def _tables(self, group_id: int, vault: str) -> tuple[dict[str, ScoreTable], dict[str, Span]]:
         header = self.context.groups[group_id].header
@@ -83,24 +112,11 @@ class ScoringLoop:
 
     def _stop_if_hopeless(self, reason: DiscardReason | None, tables: Mapping[str, ScoreTable]) -> None:
         """A run that discards group after group would paint for ever without one learner step."""
-        limits = self.context.config.reward
         self.unscored = self.unscored + 1 if reason is DiscardReason.TOO_FEW_VALID else 0
-        if reason is None:
-            self.fruitless.clear()
-        else:
-            self.fruitless[reason] += 1
-        if self.unscored >= limits.max_unscored:
+        if self.unscored >= self.context.config.reward.max_unscored:
             self.context.stop(self._jury_failed(tables))
-        elif self.fruitless.total() >= limits.max_fruitless:
-            self.context.stop(self._nothing_to_learn())
-
-    def _nothing_to_learn(self) -> ScoringError:
-        reasons = ", ".join(f"{reason.value} {number}" for reason, number in self.fruitless.most_common())
-        return ScoringError(
-            f"{self.fruitless.total()} groups in a row were discarded ({reasons}), so there is nothing to learn from: "
-            "zero_variance and no_pair mean that the reward tells no image of a group from another. The run stops "
-            "instead of painting for nothing; reward.max_fruitless sets how long it tries"
-        )
+        elif reason is not None:
+            self.fruitless.check()
 
     def _jury_failed(self, tables: Mapping[str, ScoreTable]) -> ScoringError:
         """What to tell the user when no group gets enough valid scores: who fails, and what it says."""

@@ -25,6 +25,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,8 @@ from contracts.errors import NotStored, PayloadError, VaultError, VaultFull
 from contracts.wire import GroupHeader, Message
 
 MIN_FREE_BYTES = 256 * 2**20
+WAITING_S = 60.0
+"""How long a painting that found no room counts as waiting; whoever waits asks again far more often."""
 _GROUP_FILE = re.compile(r"^group-(\d+)-(\d+)\.safetensors$")
 _DIGEST = re.compile(r"^[A-Za-z0-9_-]{1,128}$")
 ALL_SAMPLES = slice(None)
@@ -77,6 +80,7 @@ class GroupStore:
         self._sizes: dict[str, int] = {}  # file name -> bytes, reserved ones included
         self._groups: dict[int, set[int]] = {}  # group id -> attempts whose file is whole
         self._headers: dict[tuple[int, int], GroupHeader] = {}
+        self._refused: dict[tuple[int, int], float] = {}  # (group id, attempt) that found no room -> when last
         self._cache: OrderedDict[str, _Cached] = OrderedDict()
         self._cached_bytes = 0
         try:
@@ -105,9 +109,10 @@ class GroupStore:
 
         Raises VaultFull when the bound leaves no room for it, nor `wait_s` seconds later.
         """
-        name = group_file(header.group_id, header.attempt)
-        num_bytes = self._write(name, codec.encode(header, arrays), wait_s)
+        name, painting = group_file(header.group_id, header.attempt), (header.group_id, header.attempt)
+        num_bytes = self._write(name, codec.encode(header, arrays), wait_s, painting)
         with self._space:
+            self._refused.pop(painting, None)
             self._groups.setdefault(header.group_id, set()).add(header.attempt)
             self._headers[header.group_id, header.attempt] = header
         self._keep_copy(name, arrays)
@@ -136,7 +141,11 @@ class GroupStore:
         key = group_id, self._attempt(group_id, attempt)
         known = self._headers.get(key)
         if known is None:
-            known = self._headers[key] = read_header(self.folder / group_file(*key))
+            try:
+                known = self._headers[key] = read_header(self.folder / group_file(*key))
+            except NotStored:
+                self._strike_off(group_file(*key))
+                raise
         return known
 
     def delete(self, group_ids: int | Iterable[int], attempt: int | None = None) -> int:
@@ -170,19 +179,32 @@ class GroupStore:
 
     # ---- prompt embeddings ---------------------------------------------------------------------------------------
 
-    def put_embedding(self, digest: str, arrays: Mapping[str, np.ndarray], wait_s: float = 0.0) -> int:
-        """Store a prompt embedding once; returns the bytes written, 0 when it was there. Raises VaultFull."""
+    def put_embedding(
+        self,
+        digest: str,
+        arrays: Mapping[str, np.ndarray],
+        wait_s: float = 0.0,
+        painting: tuple[int, int] | None = None,
+    ) -> int:
+        """Store a prompt embedding once; returns the bytes written, 0 when it was there. Raises VaultFull.
+
+        painting: (group id, attempt) that is stored after it, so that `waiting` names it.
+        """
         name = embedding_file(digest)
         with self._space:
             if name in self._sizes:
                 return 0
-        num_bytes = self._write(name, codec.encode(EmbeddingHeader(digest=digest), arrays), wait_s)
+        num_bytes = self._write(name, codec.encode(EmbeddingHeader(digest=digest), arrays), wait_s, painting)
         self._keep_copy(name, arrays)
         return num_bytes
 
     def get_embedding(self, digest: str) -> dict[str, np.ndarray]:
         """Arrays of a stored embedding. Raises NotStored."""
         return dict(self._read(embedding_file(digest), EmbeddingHeader))
+
+    def holds_embedding(self, digest: str) -> bool:
+        with self._space:
+            return embedding_file(digest) in self._sizes
 
     # ---- bounds --------------------------------------------------------------------------------------------------
 
@@ -191,8 +213,15 @@ class GroupStore:
         with self._space:
             return {"disk": sum(self._sizes.values()), "memory": self._cached_bytes}
 
-    def _write(self, name: str, blob: bytes, wait_s: float) -> int:
-        before = self._reserve(name, len(blob), wait_s)
+    def waiting(self, within_s: float = WAITING_S) -> list[tuple[int, int]]:
+        """(group id, attempt) of every painting that found no room in the last seconds and is not stored yet."""
+        since = time.monotonic() - within_s
+        with self._space:
+            self._refused = {painting: at for painting, at in self._refused.items() if at >= since}
+            return sorted(self._refused)
+
+    def _write(self, name: str, blob: bytes, wait_s: float, painting: tuple[int, int] | None) -> int:
+        before = self._reserve(name, len(blob), wait_s, painting)
         temporary = self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
         try:
             self._write_file(temporary, blob)
@@ -218,11 +247,13 @@ class GroupStore:
             finally:
                 os.close(folder)
 
-    def _reserve(self, name: str, num_bytes: int, wait_s: float) -> int | None:
+    def _reserve(self, name: str, num_bytes: int, wait_s: float, painting: tuple[int, int] | None) -> int | None:
         """Count the bytes as held before they are written; returns what the name held before."""
         deadline = time.monotonic() + wait_s
         with self._space:
             while not self._has_room(num_bytes - self._sizes.get(name, 0)):
+                if painting is not None:
+                    self._refused[painting] = time.monotonic()
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise VaultFull(
@@ -269,14 +300,24 @@ class GroupStore:
                 raise NotStored(f"{name} is not in {self.folder}")
         try:
             _, arrays = codec.decode((self.folder / name).read_bytes(), header_type)
-        except FileNotFoundError as error:
-            raise NotStored(f"{name} is gone from {self.folder}") from error
-        except PayloadError as error:
-            raise NotStored(f"{name} in {self.folder} is damaged: {error}") from error
+        except (OSError, PayloadError) as error:
+            self._strike_off(name)
+            what = f"is damaged: {error}" if isinstance(error, PayloadError) else f"cannot be read: {error.strerror}"
+            raise NotStored(f"{name} in {self.folder} {what}") from error
         with self._space:
             if name in self._sizes:  # not deleted meanwhile
                 self._remember(name, arrays)
         return arrays
+
+    def _strike_off(self, name: str) -> None:
+        """What cannot be read is not held: `stored` no longer names it, and its room is free."""
+        found = _GROUP_FILE.match(name)
+        with self._space:
+            if found:
+                self._groups.get(int(found[1]), set()).discard(int(found[2]))
+                self._headers.pop((int(found[1]), int(found[2])), None)
+            with suppress(OSError):
+                self._remove(name)
 
     def _keep_copy(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep what was just written. A copy: the caller may change its arrays, or they pin Ray's object store."""
@@ -338,8 +379,10 @@ class Vault:
         return self.store.put(header, arrays, self.wait_s)
 
     @ray.method(concurrency_group="writes")
-    def put_embedding(self, digest: str, arrays: Mapping[str, np.ndarray]) -> int:
-        return self.store.put_embedding(digest, arrays, self.wait_s)
+    def put_embedding(
+        self, digest: str, arrays: Mapping[str, np.ndarray], painting: tuple[int, int] | None = None
+    ) -> int:
+        return self.store.put_embedding(digest, arrays, self.wait_s, painting)
 
     @ray.method(concurrency_group="reads")
     def get(
@@ -368,6 +411,12 @@ class Vault:
 
     def stored(self) -> list[tuple[int, int]]:
         return self.store.stored()
+
+    def waiting(self) -> list[tuple[int, int]]:
+        return self.store.waiting()
+
+    def holds_embedding(self, digest: str) -> bool:
+        return self.store.holds_embedding(digest)
 
     def bytes_held(self) -> dict[str, int]:
         return self.store.bytes_held()

@@ -24,7 +24,7 @@ from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
 from contracts.config.scoring import ScorerConfig
 from contracts.digests import digest_images
-from contracts.errors import WeightsTimeout
+from contracts.errors import VaultFull, WeightsTimeout
 from contracts.spans import SpanLog, wall_clock
 from contracts.wire import PaintReceipt, PromptSpec, PromptTask, Source, StepReport, WeightOffer, WeightProof
 from learner.types import StepJob
@@ -38,6 +38,10 @@ def vault_name(group_id: int, count: int) -> str:
 FIRST_OFFER_S = 15.0
 """How long a process waits for its first offer. Tasks come after it, unless Ray has started the process anew and nobody
 knows: then waiting is in vain, and the error tells."""
+
+
+ROOM_POLL_S = 0.5
+"""Between two attempts to store a group in a full vault."""
 
 
 class _PendingWeights:
@@ -169,11 +173,19 @@ class ActorWorker:
         return waited
 
     def _store(self, group: Any) -> tuple[int, str]:
-        vault = vault_name(group.header.group_id, len(self.vaults))
-        handle = self.vaults[vault]
+        """Store a group; while its vault is full, wait for room (room.py makes some, or ends the run)."""
+        while True:
+            try:
+                return self._try_to_store(group)
+            except VaultFull:
+                time.sleep(ROOM_POLL_S)
+
+    def _try_to_store(self, group: Any) -> tuple[int, str]:
+        header, vault = group.header, vault_name(group.header.group_id, len(self.vaults))
+        painting = (header.group_id, header.attempt)
         for digest, arrays in group.embeddings.items():
-            ray.get([other.put_embedding.remote(digest, arrays) for other in self.vaults.values()])
-        return ray.get(handle.put.remote(group.header, group.arrays)), vault
+            ray.get([other.put_embedding.remote(digest, arrays, painting) for other in self.vaults.values()])
+        return ray.get(self.vaults[vault].put.remote(header, group.arrays)), vault
 
 
 @ray.remote(max_restarts=0, max_concurrency=2)
@@ -206,8 +218,8 @@ class RankWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def build(self, address: str, port: int, state: str | None) -> dict[str, Any]:
-        """Join the process group, build the model and engine, and load `state` if given."""
+    def build(self, address: str, port: int, state: str | None, halved: bool = False) -> dict[str, Any]:
+        """Join the process group, build the model and engine, and load `state` if given; halved: its micro-batches."""
         world = self.config.learner.ranks
         local_rank = "0" if self.config.learner.gpus_per_rank else str(self.rank)
         os.environ.update(
@@ -224,6 +236,8 @@ class RankWorker:
         self.learner = learner_class(self.config, self.rank, world, score_gradient=self._score_gradient())
         if state is not None:
             self.learner.load_state(Path(state))
+        if halved:
+            self.learner.halve_micro_batches()
         return {"name": f"learner-{self.rank}", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
     def values(self, job: StepJob) -> dict[int, np.ndarray]:

@@ -15,6 +15,7 @@ SalonError
 │   └── WeightsTimeout     weights did not reach a node in time
 └── LearnerError
     ├── RankLost        a learner rank died or hangs; all ranks must be rebuilt
+    │   └── OutOfMemory a rank had too little and left its peers waiting; rebuilt with half the micro-batch
     └── NonFiniteLoss   the loss or gradient is not finite
 
 Does not own: exit codes' use (cluster/cli), HTTP status codes (reward_servers/app).
@@ -122,6 +123,10 @@ class LearnerError(SalonError):
 
 class RankLost(LearnerError):
     """A rank died or hangs: every rank must be rebuilt from the last state."""
+
+
+class OutOfMemory(RankLost):
+    """A rank ran out of memory where its peers wait for it: every rank must be rebuilt, with half the micro-batch."""
 
 
 class NonFiniteLoss(LearnerError):

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from contracts.config import RunConfig
 from contracts.config.objectives import PPOConfig
 from contracts.digests import digest_arrays
-from contracts.errors import LearnerError, NonFiniteLoss
+from contracts.errors import LearnerError, NonFiniteLoss, NotStored, OutOfMemory
 from contracts.needs import objective_needs
 from contracts.wire import StepReport, UpdatePlan, WeightOffer
 from learner.batching import EmbeddingCache, StepBatches, halves, take
@@ -53,6 +53,8 @@ from policy.weights import canary, export_arrays
 __all__ = ["Published", "RankLearner", "init_distributed"]
 
 logger = logging.getLogger(__name__)
+
+_NO_MEMORY_EITHER = "out of memory with half the micro-batch; lower learner.micro_batch, or add ranks"
 
 T = TypeVar("T")
 
@@ -137,6 +139,7 @@ class RankLearner:
         groups = [job.headers[group] for group in group_ids]
         size = max(header.group_size for header in groups)
         table = torch.zeros(len(groups), size, len(groups[0].step_indices), device=self.policy.device)
+        self._fetch_together(lambda: batches.of_update(0))
         for batch in batches.of_update(0):
             values = self.objective.values(self.model, batch)  # type: ignore[attr-defined]
             for row, of_row in zip(batch.rows, values, strict=True):
@@ -157,8 +160,7 @@ class RankLearner:
         if job.plans:
             batches = self._batches(job, fetch, fetch_embedding)
             with self._timed("fetch"):
-                for index in range(len(job.plans)):
-                    batches.of_update(index)
+                self._fetch_together(lambda: [batches.of_update(index) for index in range(len(job.plans))])
             self._within_memory(lambda: self._prepass(job, batches), "prepass")
             for index, plan in enumerate(job.plans):
                 self._one_update(batches, index, plan, sums)
@@ -202,11 +204,13 @@ class RankLearner:
                 except torch.OutOfMemoryError as error:
                     if self.world_size > 1 and self.engine.communicates_in_backward:
                         # the other ranks wait in a collective of this one: nothing but a rebuild frees them
-                        raise LearnerError("out of memory; lower learner.micro_batch or add ranks") from error
+                        raise self._out_of_memory() from error
                 if not any_rank(not done, self.world_size, self.policy.device):
                     return done[0]
             done.clear()
-            self._halve_micro_batches()
+            if self._halved:
+                raise LearnerError(_NO_MEMORY_EITHER)
+            self.halve_micro_batches()
             self._recover_memory()
 
     def _prepass(self, job: StepJob, batches: StepBatches) -> None:
@@ -259,6 +263,16 @@ class RankLearner:
             if len(plan.ranks) != self.world_size:
                 raise LearnerError(f"a plan for {len(plan.ranks)} ranks was given to {self.world_size}")
 
+    def _fetch_together(self, fetch: Callable[[], object]) -> None:
+        """Read what a step needs, or raise on every rank: none may wait in a collective for one without its rows."""
+        failure: Exception | None = None
+        try:
+            fetch()
+        except Exception as error:  # whatever a vault or the way to it raises
+            failure = error
+        if any_rank(failure is not None, self.world_size, self.policy.device):
+            raise failure or NotStored("another rank could not read its groups")
+
     def _batches(self, job: StepJob, fetch: FetchArrays, fetch_embedding: FetchEmbedding) -> StepBatches:
         return StepBatches(
             job, self.needs, self.rank, self.policy.device, self.policy.dtype, self._embeddings, fetch, fetch_embedding
@@ -272,9 +286,14 @@ class RankLearner:
     def _parts(self, batch: MicroBatch) -> list[list[int]]:
         return halves(len(batch.rows), pairs=self.needs.unit == "pair")
 
-    def _halve_micro_batches(self) -> None:
+    def _out_of_memory(self) -> LearnerError:
+        """To be raised where this rank's peers are left in a collective: a rebuild halves all ranks' micro-batches."""
         if self._halved:
-            raise LearnerError("out of memory with half the micro-batch; lower learner.micro_batch")
+            return LearnerError(_NO_MEMORY_EITHER)
+        return OutOfMemory(f"learner rank {self.rank} ran out of memory with learner.micro_batch")
+
+    def halve_micro_batches(self) -> None:
+        """From now on, unless they are halved already. Every rank does, or none."""
         self._halved = True
         logger.warning("out of memory: micro-batches are halved from now on, and what failed is started again")
 

@@ -93,6 +93,15 @@ class LedgerEndings(LedgerWriter):
         with self._transaction():
             return self._release("released")
 
+    def renew_painting(self, group_id: int, attempt: int, lease_s: float) -> bool:
+        """Let a painting that waits for room in its vault last `lease_s` seconds from now; False if it has ended."""
+        with self._transaction():
+            cursor = self._db.execute(
+                "UPDATE groups SET lease_deadline = ? WHERE group_id = ? AND attempt = ? AND state = 'generating'",
+                (self._now() + lease_s, group_id, attempt),
+            )
+        return cursor.rowcount > 0
+
     def renew_claim(self, lease_s: float) -> None:
         """Let the open claim last `lease_s` seconds from now."""
         with self._transaction():

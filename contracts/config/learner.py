@@ -82,3 +82,6 @@ class VaultConfig(Section):
 
     count: int = Field(default=1, gt=0)
     memory_mb: int = Field(default=512, gt=0, description="bytes a vault keeps in memory; all are on disk anyway")
+    disk_mb: int | None = Field(
+        default=None, gt=0, description="bytes a vault keeps on disk, beyond which actors wait; None: what is free"
+    )

@@ -51,6 +51,9 @@ class ClusterConfig(Section):
     address: str | None = Field(default=None, description="None: RAY_ADDRESS, else a local Ray of the run's own")
     num_cpus: int | None = Field(default=None, gt=0, description="CPUs of a local Ray; None: as many as the plan needs")
     object_store_mb: int = Field(default=400, gt=75, description="object store of a local Ray")
+    hang_timeout_s: float = Field(
+        default=60.0, gt=0, description="a vault or dispatcher that answers no probe for so long is replaced"
+    )
     controller_restarts: int = Field(
         default=5, ge=0, description="times the driver replaces a controller that died or hangs, resuming the run"
     )

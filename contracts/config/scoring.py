@@ -59,8 +59,10 @@ class RewardConfig(Section):
         default=64, gt=0, description="groups in a row without enough valid scores after which the run stops"
     )
     max_fruitless: int = Field(
-        default=512, gt=0, description="groups in a row discarded for whatever reason after which the run stops"
-    )
+        default=512, gt=0,
+        description="groups discarded for whatever reason since the last learner step, for each one that waits to be "
+        "trained, after which the run stops",
+    )  # fmt: skip
     on_version_change: Literal["continue", "stop"] = Field(
         default="continue",
         description="what to do when a scorer's version changes within a run: record it and go on, or stop, resumable",

@@ -59,6 +59,7 @@ class House:
         ledger.published(0, 0)
         self.context: Any = SimpleNamespace(
             config=config, ledger=ledger, admission=Admission(ledger, config), bell=Bell(), stopping=False, groups={},
+            waiting_for_room=set(),
             source=SimpleNamespace(at=lambda position: PromptSpec(text=str(position))), reached_end=lambda: False,
             telemetry=Silent(), vault=lambda _: SimpleNamespace(header=SimpleNamespace(remote=self._header)),
         )  # fmt: skip
