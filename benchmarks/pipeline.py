@@ -68,7 +68,7 @@ def _tree(folder: str, actors: int, paint_s: float, groups: int, windows: int) -
         "learner": {"engine": "plain", "cpus_per_rank": 0.01},
         "checkpoint": {"every_steps": 5},
         "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
-        "telemetry": {"tensorboard": False},
+        "telemetry": {"tensorboard": False, "report": False},
         "stop": {"steps": WARM_UP_STEPS + 1 + windows * STEPS_A_WINDOW},
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.cli_show import COMMANDS
 from learner.engines.compiled_op import path_with_environment
 
 if TYPE_CHECKING:
@@ -128,6 +129,10 @@ def export(run: str, out: str | None, lora: bool, weights: Weights) -> None:
     from cluster.export import export_run
 
     click.echo(export_run(run, out, lora=lora, weights=weights))
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 def _message(error: Exception) -> str:

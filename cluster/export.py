@@ -56,7 +56,11 @@ def latest_state(folder: RunFolder) -> Path:
 
 def weights_file(folder: RunFolder, config: RunConfig, weights: Weights) -> Path:
     """The safetensors file of the asked-for weights in the newest state."""
-    state = latest_state(folder)
+    return weights_in(latest_state(folder), config, weights)
+
+
+def weights_in(state: Path, config: RunConfig, weights: Weights) -> Path:
+    """The same in a given state."""
     held = json.loads((state / _STATE).read_text())["snapshots"]
     if weights == "ema" and "ema" not in held:
         raise ConfigError("--weights", "the run kept no average", "set learner.ema in its configuration")

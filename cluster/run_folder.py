@@ -27,6 +27,7 @@ import subprocess
 import tempfile
 import tomllib
 import uuid
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from importlib import metadata
 from pathlib import Path
@@ -72,8 +73,11 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open(cls, location: str | Path) -> RunFolder:
-        """An existing run by path, or by URL (copied here first). Raises ConfigError when there is none."""
+    def open(cls, location: str | Path, leave_out: Sequence[str] = ()) -> RunFolder:
+        """An existing run by path, or by URL (copied here first). Raises ConfigError when there is none.
+
+        leave_out: names in the folder that are not copied from a URL, such as checkpoints.
+        """
         text = str(location)
         if "://" not in text:
             folder = cls(Path(text))
@@ -81,7 +85,7 @@ class RunFolder:
             filesystem, path = _filesystem(text)
             folder = cls(_scratch(text.rstrip("/").rsplit("/", 1)[-1]), text)
             if filesystem.exists(path):
-                filesystem.get(path.rstrip("/") + "/", str(folder.root) + "/", recursive=True)
+                _copy_here(filesystem, path, folder.root, leave_out)
                 folder._mirrored = {name: stamp for name, _, stamp in folder._files()}
         if not folder.config.is_file():
             raise ConfigError("run", f"there is no run at {text}", "give the folder that holds its config.yaml")
@@ -217,6 +221,12 @@ class RunFolder:
             del self._mirrored[gone]
         return sent
 
+    def send(self, name: str) -> None:
+        """Upload one file now, without looking at the others. Local runs: nothing."""
+        if self.url is not None:
+            filesystem, target = _filesystem(self.url)
+            _send(filesystem, self.root / name, f"{target}/{name}")
+
     def _files(self) -> list[tuple[str, Path, tuple[int, int]]]:
         """(relative name, path, stamp) of every file that is mirrored."""
         found = []
@@ -282,7 +292,7 @@ def _refuse_or_clear(root: Path, config: RunConfig) -> None:
         raise _exists(str(root))
     if not (root / "config.yaml").is_file() and not (root / LEDGER).is_file():
         raise _not_a_run(str(root))
-    if _is_running(root):
+    if is_running(root):
         raise ConfigError("name", f"run {root} is running", "stop it first, or choose another name")
     for path in _contents(root):
         if path.is_dir() and not path.is_symlink():
@@ -331,7 +341,7 @@ def _not_a_run(location: str) -> ConfigError:
     )
 
 
-def _is_running(root: Path) -> bool:
+def is_running(root: Path) -> bool:
     """Whether a process holds the ledger's lock."""
     with suppress(OSError), (root / f"{LEDGER}.lock").open("rb") as lock:
         try:
@@ -349,6 +359,18 @@ def _filesystem(url: str) -> tuple[Any, str]:
             "runs_dir", f"{url} is no usable fsspec URL: {error}", "use a local path, or install its back end"
         ) from error
     return filesystem, path.rstrip("/")
+
+
+def _copy_here(filesystem: Any, path: str, root: Path, leave_out: Sequence[str]) -> None:
+    """Copy a remote folder's files but for those under the names left out; one that vanishes meanwhile is skipped."""
+    for found in filesystem.find(path):
+        name = found[found.index(path) + len(path) :].strip("/")
+        target = root / name
+        if name.split("/")[0] in leave_out or not target.resolve().is_relative_to(root.resolve()):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            filesystem.get_file(found, str(target))
 
 
 def _scratch(name: str) -> Path:

@@ -127,6 +127,7 @@ class Telemetry:
     def training_begins(self) -> None:
         """Start the clock of throughput: what evaluations painted before does not dilute it."""
         self.throughput.restart()
+        self.event("phase", phase="training")
         self.gauge("salon_training", 1)
 
     def training_ended(self) -> None:

@@ -15,7 +15,7 @@ from cluster import cli
 from contracts import registry
 from contracts.errors import ExitCode, ScoringError
 
-COMMANDS = ("train", "validate", "eval", "methods", "export")
+COMMANDS = ("report", "status", "ledger", "train", "validate", "eval", "methods", "export")
 
 
 def call(*arguments: str) -> Result:
@@ -101,9 +101,9 @@ def test_help_and_methods_import_nothing_heavy(repo_root: Path) -> None:
     """So that they answer at once: what is imported decides it, and does not depend on the machine as a clock does."""
     probe = (
         "import sys\nfrom click.testing import CliRunner\nfrom cluster.cli import main\n"
-        "for arguments in (['--help'], ['train', '--help'], ['methods', '--json']):\n"
+        "for arguments in (['--help'], ['train', '--help'], ['report', '--help'], ['methods', '--json']):\n"
         "    assert CliRunner().invoke(main, arguments).exit_code == 0\n"
-        "heavy = {'torch', 'ray', 'deepspeed', 'diffusers', 'transformers', 'pyarrow', 'httpx', 'rich'}\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'diffusers', 'transformers', 'pyarrow', 'httpx', 'rich', 'matplotlib'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=repo_root, capture_output=True, text=True, check=True)

@@ -165,7 +165,7 @@ def timer_config(folder: Path, **weights: Any) -> RunConfig:
             "learner": {"engine": "plain"},
             "weights": weights,
             "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
-            "telemetry": {"tensorboard": False},
+            "telemetry": {"tensorboard": False, "report": False},
             "stop": {"steps": 5},
         }
     )

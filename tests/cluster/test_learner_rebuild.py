@@ -115,7 +115,7 @@ def timer_config(folder: Path, name: str, ranks: int = 1, learner: dict[str, Any
             "learner": {"engine": "plain", "ranks": ranks, **(learner or {})},
             "checkpoint": {"every_steps": 2},
             "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
-            "telemetry": {"tensorboard": False},
+            "telemetry": {"tensorboard": False, "report": False},
             "stop": {"steps": 3},
         }
     )

@@ -41,7 +41,7 @@ def slow_learner(folder: Path, name: str, actors: int) -> RunConfig:
             "learner": {"engine": "plain"},
             "weights": {"timeout_s": 5.0},
             "eval": {"before": False, "num_prompts": 4, "samples_to_save": 0},
-            "telemetry": {"tensorboard": False},
+            "telemetry": {"tensorboard": False, "report": False},
             "stop": {"steps": STEPS},
         }
     )

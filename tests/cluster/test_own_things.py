@@ -99,7 +99,7 @@ def base_config() -> dict[str, Any]:
         "objective": {"name": "my_objectives:SignGRPO", "options": {"clip_range": 1e-3}},
         "learner": {"engine": "plain", "optimizer": {"lr": 1e-2}},
         "eval": {"before": False, "num_prompts": 4, "samples_to_save": 1},
-        "telemetry": {"tensorboard": False},
+        "telemetry": {"tensorboard": False, "report": False},
         "cluster": {"object_store_mb": 100},
         "stop": {"steps": 2},
     }

@@ -38,7 +38,7 @@ def tiny_config(model: Path, folder: Path, objective: str = "grpo", **changes: A
         "learner": {"engine": "plain", "optimizer": {"lr": 1e-3}},
         "pipeline": {"max_staleness": 0},
         "eval": {"before": False, "num_prompts": 4, "samples_to_save": 0},
-        "telemetry": {"tensorboard": False},
+        "telemetry": {"tensorboard": False, "report": False},
         "stop": {"steps": 3},
     }
     for key, value in changes.items():

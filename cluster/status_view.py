@@ -1,0 +1,165 @@
+"""The terminal view of a run's status, live or once. Does not own: what it shows (status.py)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich import box
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.report.view import newest_run, open_run
+from cluster.run_folder import RunFolder
+from cluster.status import Status, take_status
+
+REMOTE_S = 15.0
+"""Shortest time between looks at a run behind a URL: each look copies its small files."""
+
+STATE_STYLES = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "crashed": "red"}
+STAGES = ("admitted", "generating", "generated", "scoring", "ready", "claimed", "trained", "discarded")
+
+
+def show(
+    run: str | None, *, runs_dir: str = "runs", once: bool = False, as_json: bool = False, every_s: float = 2.0,
+    console: Console | None = None, sleep: Callable[[float], None] = time.sleep,
+) -> None:  # fmt: skip
+    """Show a run (None: the newest under runs_dir) until it ends or Ctrl-C; once where nobody watches a terminal."""
+    console = console or Console()
+
+    def find() -> RunFolder:
+        return newest_run(runs_dir) if run is None else open_run(run, runs_dir)
+
+    folder = find()
+    status = take_status(folder)
+    if as_json:
+        print(json.dumps(status, indent=2))
+        return
+    if once or not console.is_terminal or status["state"] != "running":
+        console.print(render(status))
+        return
+    try:
+        with Live(render(status), console=console, screen=False, auto_refresh=False) as live:
+            while status["state"] == "running":
+                sleep(every_s if folder.url is None else max(every_s, REMOTE_S))
+                folder = folder if folder.url is None else find()
+                status = take_status(folder)
+                live.update(render(status), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def render(status: Status) -> RenderableType:
+    """The whole view of one moment."""
+    tables = [_progress(status), _rates(status), _stages(status), _books(status)]
+    parts: list[RenderableType] = [_head(status), Columns(tables, padding=(0, 3)), _verdict(status)]
+    if status["faults"]["last"]:
+        parts.append(_faults(status))
+    parts += [Text(text, style="dim") for text in status["missing"]]
+    return Group(*parts)
+
+
+def _head(status: Status) -> RenderableType:
+    state, phase = status["state"], status["phase"]
+    head = Text()
+    head.append(f"run {status['name']}  ", style="bold")
+    head.append(state if phase in (state, "training") else f"{state}: {phase}", style=STATE_STYLES.get(state, ""))
+    silence = status["seconds_since_last_word"]
+    if silence is not None:
+        head.append(f"   last word {_duration(silence)} ago", style="dim")
+    head.append(f"\n{status['folder']}", style="dim")
+    if state == "failed":
+        head.append(f"\n{status['outcome']}", style="red")
+    return Group(head, ProgressBar(total=1.0, completed=status["share_done"], width=60))
+
+
+def _progress(status: Status) -> Table:
+    total, held_out = status["total_steps"], status["held_out"]
+    rows = {
+        "step": f"{status['step']}" + (f" of {total}" if total else ""),
+        "trained for": _duration(status["train_seconds"]),
+        "time left": _duration(status["seconds_left"]),
+        "weight version": _number(status["weights"]["version"]),
+    }
+    if held_out is not None and held_out["accuracy"] is not None:
+        rows[f"held out ({held_out['tag']})"] = f"{held_out['accuracy']:.1%}"
+    rows |= {key: _number(value) for key, value in list(status["rewards"].items())[:6]}
+    return _table("progress", rows)
+
+
+def _rates(status: Status) -> Table:
+    rates, staleness = status["rates"], status["staleness"]
+    rows = {
+        "images painted /s": _number(rates.get("painted_per_second")),
+        "images scored /s": _number(rates.get("scored_per_second")),
+        "images trained /s": _number(rates.get("trained_per_second")),
+        "per device": _number(rates.get("trained_per_second_per_device")),
+        "seconds a step": _number(rates.get("step_seconds")),
+        "seconds to publish": _number(status["weights"]["publish_seconds"]),
+        "staleness seen / bound": f"{_number(staleness['largest'])} / {staleness['bound']}",
+    }
+    return _table("rates", {key: value for key, value in rows.items() if value != "–"})
+
+
+def _stages(status: Status) -> Table:
+    rows = {stage: _number(status["stages"].get(stage)) for stage in STAGES if stage in status["stages"]}
+    capacity = status["capacity"]
+    return _table("groups" + (f" (at most {capacity:g} alive)" if capacity else ""), rows)
+
+
+def _books(status: Status) -> Table:
+    books = status["books"]
+    if books is None:
+        return _table("images", {"books": "no ledger"})
+    rows = {"painted": _number(books["painted"]), "trained": _number(books["trained"])}
+    rows |= {f"discarded: {reason}": _number(count) for reason, count in books["discarded"].items()}
+    rows["alive"] = _number(books["alive"])
+    rows["books"] = "balance" if books["balanced"] else "DO NOT BALANCE"
+    return _table("images", rows)
+
+
+def _verdict(status: Status) -> Text:
+    waited, scale = status["verdict"]
+    return Text.assemble("\n", (waited, ""), "\n", (scale, "bold"))
+
+
+def _faults(status: Status) -> Table:
+    table = Table(title=f"last of {status['faults']['number']} faults", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("when", "what", "which, and why"):
+        table.add_column(name, overflow="fold")
+    for one in status["faults"]["last"]:
+        table.add_row(time.strftime("%H:%M:%S", time.localtime(one["time"])), one["what"], escape(one["detail"]))
+    return table
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 1))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for key, value in rows.items():
+        table.add_row(escape(key), escape(value))
+    return table
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days} d " if days else "") + (
+        f"{hours}:{minutes:02d}:{rest:02d}" if hours or days else f"{minutes}:{rest:02d}"
+    )
