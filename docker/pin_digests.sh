@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 
 FILES=(*.Dockerfile compose.yaml)
 IMAGES=$(sed -nE 's/^FROM +([^ @]+:[^ @]+)( .*)?$/\1/p; s/^ +image: +([^ @$]+:[^ @$]+)$/\1/p' "${FILES[@]}" |
-  grep -v '^salon-' | sort -u)
+  { grep -v '^salon-' || true; } | sort -u)
 
 declare -A digests
 for image in $IMAGES; do

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, disable_creat
 HOST_ENV = "SALON_METRICS_HOST"
 """Address that the processes of a run listen on (telemetry.metrics_host); unset: they do not."""
 
-WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104  (named to tell them apart, not to listen on)
+WILDCARDS = ("0.0.0.0", "::", "")
 
 _address: str | None = None
 
