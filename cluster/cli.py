@@ -90,11 +90,9 @@ def validate(config: str, overrides: Sequence[str], offline: bool) -> None:
 @main.command("eval")
 @click.argument("target", metavar="RUN_OR_MODEL")
 @_overrides
-@click.option(
-    "--config", default="configs/demo.yaml", show_default=True, help="For a model folder: the rest of the run."
-)
+@click.option("--config", help="For a model folder: prompts, scorers and the rest; the playground's unless given.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
-def evaluate(target: str, overrides: Sequence[str], config: str, as_json: bool) -> None:
+def evaluate(target: str, overrides: Sequence[str], config: str | None, as_json: bool) -> None:
     """Held-out accuracy of a run's trained weights, or of a diffusers pipeline folder, in this process."""
     from cluster.evaluate_target import as_text, evaluate_target
     from cluster.summary import evaluation

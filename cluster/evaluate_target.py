@@ -9,34 +9,61 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.evaluate import EvalResult, base_sampling, evaluate_in_process, rollout_sampling
+from cluster.checks.inputs import read_model_card
+from cluster.evaluate import EvalResult, base_sampling, evaluate_in_process, judging, rollout_sampling
 from cluster.export import read_weights, weights_file
 from cluster.run_folder import RunFolder
-from cluster.validate import check, refuse
-from contracts.config import load_config
-from contracts.errors import ConfigError
+from cluster.validate import check_evaluation, refuse
+from contracts.config import RunConfig, load_config
+from contracts.errors import ConfigError, ScoringError
+from playground.world.scenes import SIZE
+
+PLAYGROUND = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+"""What a pipeline folder is evaluated by unless told otherwise, wherever the command is called from."""
 
 
-def evaluate_target(target: str, overrides: Sequence[str] = (), config_path: str = "configs/demo.yaml") -> EvalResult:
+def evaluate_target(target: str, overrides: Sequence[str] = (), config_path: str | None = None) -> EvalResult:
     """Paint and judge eval.num_prompts held-out prompts.
 
     target: run folder (path or fsspec URL), or diffusers pipeline folder, for which `config_path` gives prompts,
-    scorers and the rest. overrides: as for train (`eval.num_prompts=50`). Raises ConfigError(s) when it is neither or
-    does not fit.
+    scorers and the rest (None: the playground's, for models that paint its images). overrides: as for train
+    (`eval.num_prompts=50`). Raises ConfigError(s) when it is neither or does not fit, ScoringError when nothing could
+    be judged.
     """
     from actors.painter import Painter
 
     if _is_pipeline(target):
-        config = load_config(config_path, [*overrides, f"model.path={target}"])
-        refuse(check(config))
+        if config_path is None:
+            _refuse_other_images(Path(target))
+        config = load_config(config_path or PLAYGROUND, [*overrides, f"model.path={target}"])
+        refuse(check_evaluation(config))
         sampling = config.eval.sampling or base_sampling(config)
-        return evaluate_in_process(config, Painter(config), sampling, config.eval.num_prompts)
+        return _judged(config, evaluate_in_process(config, Painter(config), sampling, config.eval.num_prompts))
     folder = _open_run(target)
     config = load_config(folder.config, overrides)
+    refuse(check_evaluation(config))
     file = weights_file(folder, config, "sampling")
     painter = Painter(config)
     read_weights(painter.policy, file)
-    return evaluate_in_process(config, painter, rollout_sampling(config), config.eval.num_prompts)
+    return _judged(config, evaluate_in_process(config, painter, rollout_sampling(config), config.eval.num_prompts))
+
+
+def _refuse_other_images(folder: Path) -> None:
+    """The playground's prompts and judges say nothing of a model that paints anything else."""
+    card = read_model_card(folder)
+    if card is not None and card.image != (SIZE, SIZE):
+        height, width = card.image
+        raise ConfigError(
+            "--config", f"{folder} paints {height} x {width} pixels, and without --config the playground's scenes of "
+            f"{SIZE} x {SIZE} are asked for and judged",
+            "give a configuration whose prompts and scorers fit this model (configs/ holds examples)",
+        )  # fmt: skip
+
+
+def _judged(config: RunConfig, result: EvalResult) -> EvalResult:
+    if result.num_valid == 0:
+        raise ScoringError(f"scorer {judging(config)[0]} judged none of {result.num_images} images; is its server up?")
+    return result
 
 
 def as_text(result: EvalResult) -> str:
@@ -60,5 +87,6 @@ def _open_run(target: str) -> RunFolder:
     try:
         return RunFolder.open(target)
     except ConfigError as error:
-        way_out = "give a run folder, or a diffusers pipeline folder"
-        raise ConfigError("RUN_OR_MODEL", f"{target} is neither", way_out) from error
+        what = "neither: it holds no config.yaml of a run and no model_index.json of a diffusers pipeline"
+        way_out = "give the folder (or URL) of a run, or the folder of a pipeline"
+        raise ConfigError("RUN_OR_MODEL", f"{target} is {what}", way_out) from error

@@ -33,6 +33,17 @@ def check(config: RunConfig) -> list[ConfigError]:
     ]
 
 
+def check_evaluation(config: RunConfig) -> list[ConfigError]:
+    """What keeps the held-out evaluation of a model from running here; how it would be trained is not looked at."""
+    declared = look_up(config)
+    return [
+        *declared.errors,
+        *check_jury(config, declared),
+        *check_metadata(config, declared, metadata_keys(config)),
+        *check_inputs(config, declared),
+    ]
+
+
 def warnings(config: RunConfig) -> list[str]:
     """What works but is worth a line before a long run."""
     return list(method_warnings(config, look_up(config)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,32 @@ def test_the_command_prints_json(run: Path) -> None:
     result = CliRunner().invoke(cli.main, ["eval", str(run), "eval.num_prompts=2", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["num_images"] == 2
+
+
+def test_a_model_folder_needs_no_configuration_from_wherever_it_is_judged(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the playground's prompts and scorers, when it paints the playground's images; else it is told what to give."""
+    monkeypatch.chdir(tmp_path)
+    few = ["eval.num_prompts=2", "sampler.steps=2", "model.device=cpu"]
+    result = CliRunner().invoke(cli.main, ["eval", str(tiny_model_folder), *few])
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 images judged" in result.stdout
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_folder, other)
+    network = other / "transformer" / "config.json"
+    network.write_text(json.dumps({**json.loads(network.read_text()), "sample_size": 64}))
+    result = CliRunner().invoke(cli.main, ["eval", "other", *few])
+    assert result.exit_code == 2
+    assert "--config: other paints 64 x 64 pixels" in result.stderr
+
+
+def test_a_run_whose_model_is_not_here_says_which_key_to_set(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    result = CliRunner().invoke(cli.main, ["eval", str(moved), "model.path=nowhere"])
+    assert result.exit_code == 2
+    assert "model.path: nowhere is no folder" in result.stderr
 
 
 def test_what_is_neither_is_refused(tmp_path: Path, tiny_model_folder: Path, repo_root: Path) -> None:
