@@ -52,6 +52,11 @@ class NFTConfig(Section):
     name: Literal["nft"] = "nft"
     beta: float = Field(default=1.0, gt=0, description="b: how far the implicit policies reach from the old one")
     advantage_clip: float = Field(default=5.0, gt=0)
+    sample_pull: float = Field(
+        default=0.0, ge=0, le=1,
+        description="added to each clipped advantage: a pull to all own samples against drift that no reward sees; "
+        "0 is the paper's loss",
+    )  # fmt: skip
     kl_beta: float = Field(default=1e-4, ge=0)
     draws: int | None = Field(default=None, gt=0, description="times a sample; None: every rollout step but the last")
     time_grid: Literal["rollout", "uniform"] = Field(default="rollout", description="times: rollout sigmas or uniform")

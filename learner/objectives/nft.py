@@ -1,13 +1,16 @@
 """DiffusionNFT (2509.16117): flow matching on own samples, towards the good and away from the bad.
 
-With v_old the EMA policy that painted, optimality r = clamp(A,-c,c)/(2c) + 1/2 and b = beta:
+With v_old the EMA policy that painted, optimality r = (clamp(A,-c,c) + p)/(2c) + 1/2 and b = beta:
 
     v+ = b v + (1-b) v_old            v- = (1+b) v_old - b v
     l± = mean_d (x_t - t v± - x_0)^2 / w±,   w± = max(mean_d |x_t - t v± - x_0|, 1e-5), float64, no gradient
     L  = c (r l+ + (1-r) l-)/b + beta_kl mean_d (v - v_ref)^2,   c = advantage_clip
 
-One pass a time; losses in float64. At v = v_old the gradient is that of A * mse_x0 / w whatever b is. The old policy
-moves once a learner step: old = d old + (1-d) current, d = min((optimizer steps - flat) * rate, hold).
+One pass a time; losses in float64. At v = v_old the gradient is that of (A + p) * mse_x0 / w whatever b is. The old
+policy moves once a learner step: old = d old + (1-d) current, d = min((optimizer steps - flat) * rate, hold).
+
+p = sample_pull is ours (the paper has 0): with centred advantages nothing holds v to the samples it makes, and at high
+noise, where a step hardly moves the sample, v drifts unseen until the run falls apart (docs/decisions/0011).
 Does not own: advantages (credit/group.py), the snapshots themselves (learner/snapshots.py).
 """
 
@@ -50,9 +53,9 @@ class NFT(Objective[NFTConfig]):
         return Noised.of(batch.clean, times(batch, seed, draw), noise(batch, seed, draw))
 
     def optimality(self, advantage: Tensor) -> Tensor:
-        """r in [0,1], float64."""
+        """r, float64: in [0,1], and sample_pull/(2c) above that with a pull."""
         clip = self.config.advantage_clip
-        return (advantage.double().clamp(-clip, clip) / clip / 2 + 0.5).clamp(0, 1)
+        return (advantage.double().clamp(-clip, clip) + self.config.sample_pull) / clip / 2 + 0.5
 
     def loss(self, model: ModelHandle, batch: MicroBatch, p: int) -> LossSum:
         assert batch.clean is not None

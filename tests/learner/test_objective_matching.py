@@ -95,11 +95,11 @@ def test_times_have_the_stated_distribution():
 # -- nft
 
 
-@pytest.mark.parametrize("b", [0.1, 0.5, 1.0, 2.0])
-def test_nft_gradient_at_the_old_policy_is_the_reference_gradient_for_any_b(b):
-    """mean(omega A mse_v) with omega = t^2 / w, hence also mean(A mse_x0 / w)."""
+@pytest.mark.parametrize(("b", "pull"), [(0.1, 0.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (0.5, 0.3)])
+def test_nft_gradient_at_the_old_policy_is_the_reference_gradient_for_any_b(b, pull):
+    """mean(omega A mse_v) with omega = t^2 / w, hence also mean(A mse_x0 / w); A + pull in place of A with a pull."""
     policy = toy_policy()
-    objective, model = nft(policy, beta=b, kl_beta=0.0)
+    objective, model = nft(policy, beta=b, kl_beta=0.0, sample_pull=pull)
     batch = at_all(policy, objective, model, painted(policy, advantage=torch.tensor([0.7, -1.5, 4.0, -0.2])))
     assert objective.num_passes(batch) == 4
     reference, by_x0 = 0.0, 0.0
@@ -109,7 +109,7 @@ def test_nft_gradient_at_the_old_policy_is_the_reference_gradient_for_any_b(b):
         t = noised.s.double()
         error = (noised.x - t.float().view(-1, 1, 1, 1) * v - batch.clean).double()
         weight = error.detach().abs().flatten(1).mean(1)
-        advantage = batch.advantage.double()
+        advantage = batch.advantage.double() + pull
         reference = reference + (advantage * t**2 / weight * mean_square(v, noised.target)).sum() / 4
         by_x0 = by_x0 + (advantage * error.square().flatten(1).mean(1) / weight).sum() / 4
     got = gradient(batch_loss(objective, model, batch), policy.module)
