@@ -33,7 +33,7 @@ def combine(
     ScoringError for a table that the rule cannot read.
     """
     rule = make_aggregation(aggregation or WeightedSumConfig())
-    return rule.aggregate({0: group_scores(tables, scorers, group_size, steps)}, 0).rewards[0]
+    return rule.look_ahead(group_scores(tables, scorers, group_size, steps))
 
 
 def filter_group(

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.config.objectives import CreditConfig
+from contracts.config.scoring import RewardConfig
 from contracts.errors import ScoringError
 from learner.credit.aggregation.columns import win_rates
 from learner.credit.aggregation.pareto import non_dominated
 from learner.credit.gae import GAE
+from learner.credit.rewards import combine, filter_group
 from learner.types import CreditBatch
 
 TWO = [scorer("a"), scorer("b")]
@@ -174,6 +176,17 @@ def test_one_constraint_with_multiplier_one_is_the_plain_advantage():
     (got,) = rewards(constrained, scores(point("a", values)))
     centred = np.array(values, np.float32).astype(np.float64) - np.mean(np.array(values, np.float32).astype(np.float64))
     np.testing.assert_allclose(got.totals(), centred / (centred.std() + 1e-8), atol=1e-12)
+
+
+def test_a_group_is_not_given_up_for_multipliers_that_are_still_zero():
+    """tanh(0) = 0 silences every reward in the first step; before the claim a group must count all the same."""
+    constrained = rule("constrained", thresholds={"a": 0.5}, multiplier="tanh")
+    group = scores(point("a", [0, 1]))
+    assert rewards(constrained, group)[0].totals().tolist() == [0, 0]
+    tables = dict(group.tables)
+    ahead = combine(tables, [scorer("a")], aggregation=constrained.config)
+    np.testing.assert_allclose(ahead.totals(), [-1, 1], atol=1e-6)
+    assert filter_group(ahead, RewardConfig()) is None
 
 
 def test_the_anchor_weighs_what_the_multipliers_leave():

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 from contracts import registry
 from contracts.config.aggregation import AggregationConfig
 from learner.credit.aggregation.columns import GroupScores
-from learner.types import Aggregated
+from learner.types import Aggregated, Rewards
 
 Config = TypeVar("Config")
 
@@ -36,6 +36,13 @@ class Aggregation(ABC, Generic[Config]):
 
         Invalid samples (no required score) must not move what any other sample gets (law 4).
         """
+
+    def look_ahead(self, scores: GroupScores) -> Rewards:
+        """One group's rewards before the claim, by a rule with fresh state: what decides whether it holds any signal.
+
+        A rule whose state may silence a reward for a while overrides it, or such groups would never be trained on.
+        """
+        return self.aggregate({0: scores}, 0).rewards[0]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable state for the checkpoint; empty when a rule keeps none."""

@@ -10,7 +10,7 @@ State: lambda, velocity and mean score of each column.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from contracts.config.aggregation import ConstrainedConfig
 from learner.credit.aggregation.base import Aggregation
 from learner.credit.aggregation.columns import Column, GroupScores, Settled, sum_terms
 from learner.credit.aggregation.statistics import prefixed, spread
-from learner.types import Aggregated
+from learner.types import Aggregated, Rewards
 
 
 @dataclass
@@ -48,12 +48,28 @@ class Constrained(Aggregation[ConstrainedConfig]):
 
     def aggregate(self, batch: Mapping[int, GroupScores], step: int) -> Aggregated:
         """The advantages' multipliers are those the last step ended with; this batch moves them for the next."""
-        names = [*self.config.thresholds, *([self.config.anchor] if self.config.anchor else [])]
-        settled = {group_id: scores.named(*names) for group_id, scores in batch.items()}
+        settled = {group_id: scores.named(*self._names()) for group_id, scores in batch.items()}
         multipliers = {name: self.multiplier(name) for name in self.duals}
-        weights = [*multipliers.values(), len(multipliers) - sum(multipliers.values())]
-        scales = [self._scale([group.columns[i] for group in settled.values()], settled) for i in range(len(names))]
-        rewards = {
+        rewards = self._combined(settled, [*multipliers.values(), len(multipliers) - sum(multipliers.values())])
+        self._observe(settled)
+        return Aggregated(rewards, prefixed("multiplier", multipliers))
+
+    def look_ahead(self, scores: GroupScores) -> Rewards:
+        """Every column counts, in falling weights, so that opposite ones do not cancel.
+
+        With multipliers still at 0 no group would hold a signal, and without groups nothing would ever move them.
+        """
+        return self._combined({0: scores.named(*self._names())}, [1 / (i + 1) for i in range(len(self._names()))])[0]
+
+    def _names(self) -> list[str]:
+        return [*self.config.thresholds, *([self.config.anchor] if self.config.anchor else [])]
+
+    def _combined(self, settled: Mapping[int, Settled], weights: Sequence[float]) -> dict[int, Rewards]:
+        """Normalised columns, summed with these weights in the order of _names()."""
+        scales = [
+            self._scale([group.columns[i] for group in settled.values()], settled) for i in range(len(self._names()))
+        ]
+        return {
             group_id: sum_terms(Settled(
                 tuple(
                     replace(column, weight=weight, values=_centred(column, group.counted) / scale)
@@ -62,8 +78,6 @@ class Constrained(Aggregation[ConstrainedConfig]):
             ))
             for group_id, group in settled.items()
         }  # fmt: skip
-        self._observe(settled)
-        return Aggregated(rewards, prefixed("multiplier", multipliers))
 
     def update(self, scores: Mapping[str, float]) -> None:
         """One dual step from mean scores J by threshold name: lambda goes down where J exceeds its threshold."""
