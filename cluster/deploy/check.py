@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,20 @@ def _lock_problems(dockerfile: Path) -> Iterator[str]:
         name = requirement.split(None, 1)[0]
         if "==" not in name or "--hash=sha256:" not in requirement:
             yield f"{lock.name}: {name} has no exact version or no hash"
+    for name in sorted(_asked_for(dockerfile) - set(re.findall(r"^([A-Za-z0-9._-]+)(?===)", text, re.MULTILINE))):
+        yield f"{lock.name}: {name} is asked for and not locked; run docker/lock.sh"
     if "://" in text:
         yield f"{lock.name}: names an address; packages come from the configured index"
+
+
+def _asked_for(dockerfile: Path) -> set[str]:
+    """Names of the packages an image is to hold: those of requirements/<image>.in, else the project's own."""
+    asked = ROOT / "docker/requirements" / f"{dockerfile.name.split('.')[0]}.in"
+    if asked.is_file():
+        lines = asked.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    return {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in lines if line and not line.startswith("#")}
 
 
 def compose() -> Iterator[str]:
