@@ -28,9 +28,9 @@ def autocast_inside(network: nn.Module, device: torch.device, checkpointing: boo
 class PlainAttention(TorchFunctionMode):
     """Attention as two batched products with an fp32 softmax between.
 
-    The CPU's fused kernel takes five times as long backwards in bf16 as in fp32; short sequences (some hundred tokens,
-    as small models have) are faster without it in either dtype. Calls with a mask, dropout, causality or grouped
-    queries go to the fused kernel.
+    The CPU's fused kernel takes five times as long backwards in bf16 as in fp32; with short sequences (some hundred
+    tokens, as small models have) forward and backward are faster without it in either dtype. Calls without gradients,
+    with a mask, dropout, causality or grouped queries go to the fused kernel.
     """
 
     def __torch_function__(
@@ -39,9 +39,9 @@ class PlainAttention(TorchFunctionMode):
         options = kwargs or {}
         # Unset options are None, 0.0 or False; a mask is a tensor, whose truth is not to be asked.
         unset = len(args) == 3 and not any(map(_is_set, options.values()))
-        if func is not scaled_dot_product_attention or not unset:
-            return func(*args, **options)
-        return plain_attention(*args)
+        if func is scaled_dot_product_attention and unset and torch.is_grad_enabled():
+            return plain_attention(*args)
+        return func(*args, **options)
 
 
 def _is_set(option: Any) -> bool:

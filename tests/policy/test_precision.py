@@ -42,6 +42,13 @@ def test_masked_and_causal_calls_go_to_the_fused_kernel(options: dict[str, objec
     assert not torch.allclose(within, plain_attention(query, key, value))
 
 
+def test_calls_without_gradients_go_to_the_fused_kernel() -> None:
+    query, key, value = (part.detach().bfloat16() for part in _heads())
+    with PlainAttention(), torch.no_grad():
+        within = scaled_dot_product_attention(query, key, value)
+    assert torch.equal(within, scaled_dot_product_attention(query, key, value))
+
+
 class _Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
