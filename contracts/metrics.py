@@ -112,6 +112,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _judge("cost_dollars_total", "counter", "Price of those tokens, by the prices configured."),
     _judge("flips_total", "counter", "Pairs on which the judge changed its mind with the order."),
     _judge("pairs_total", "counter", "Pairs that the judge decided in both orders."),
+    _judge("restarts_total", "counter", "Times the vLLM server behind this scorer was restarted."),
     _judge("answer_seconds", "histogram", "One question, from asking to the answer, retries included.",
            buckets=SECONDS_BUCKETS),
     _server("reward_ready", "gauge", "1 when weights are loaded, the canary is scored and the queue is not full."),

@@ -1,22 +1,27 @@
-"""Command line of reward servers: `python -m reward_servers serve NAME` and `python -m reward_servers list`.
+"""Command line of reward servers: `python -m reward_servers serve NAME`, `list`, `judge up|probe`.
 
 Imports stay within the commands, so that --help answers at once.
-Does not own: what the commands do (serving, contracts.registry).
+Does not own: what the commands do (serving, judging.cli, contracts.registry).
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
+
+from reward_servers.judging.cli import judge
+from reward_servers.reporting import tell_in_one_line
 
 
 @click.group(help="Reward servers of Salon: scorers behind HTTP.")
 def cli() -> None:
     """Sub-commands below."""
+
+
+cli.add_command(judge)
 
 
 @cli.command()
@@ -42,7 +47,7 @@ def serve(name: str, options: tuple[str, ...], ready_file: str | None, parent_pi
     """
     if parent_pid is not None:
         _die_with_parent(parent_pid)
-    _tell_in_one_line(lambda: _serve(name, options, ready_file, parent_pid, given))
+    tell_in_one_line(lambda: _serve(name, options, ready_file, parent_pid, given))
 
 
 @cli.command(name="list")
@@ -77,18 +82,6 @@ def _serve(
         max_seconds=given["max_seconds"], drain_seconds=given["drain_s"],
     )  # fmt: skip
     run_server(make_scorer(name, options), settings, token_from_environment(), ready_file, parent_pid)
-
-
-def _tell_in_one_line(work: Callable[[], None]) -> None:
-    from contracts.errors import SalonError
-
-    try:
-        work()
-    except SalonError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(int(error.exit_code))  # a hanging scorer thread must not keep a failed server alive
 
 
 def _die_with_parent(parent_pid: int) -> None:

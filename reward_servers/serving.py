@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -107,9 +108,17 @@ class RewardServer:
 
 
 def serve(
-    scorer: Scorer, settings: ServerSettings, token: str | None, ready_file: str | None, parent_pid: int | None
+    scorer: Scorer,
+    settings: ServerSettings,
+    token: str | None,
+    ready_file: str | None,
+    parent_pid: int | None,
+    beside: contextlib.AbstractAsyncContextManager[Any] | None = None,
 ) -> None:
-    """Serve in this process until SIGTERM or SIGINT. Prints one JSON line when ready. Raises SalonError."""
+    """Serve in this process until SIGTERM or SIGINT. Prints one JSON line when ready. Raises SalonError.
+
+    beside: what the scorer needs to be there: entered before it is loaded, left after it has drained.
+    """
     server = RewardServer(scorer, settings, token)
 
     def announce(ready: RewardServer) -> None:
@@ -121,14 +130,24 @@ def serve(
             os.replace(f"{ready_file}.tmp", ready_file)
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
+        loop, this = asyncio.get_running_loop(), asyncio.current_task()
+        assert this is not None
+
+        def on_signal() -> None:
+            if server.service is None:  # not listening yet: what is beside it is still being started
+                this.cancel()
+            else:
+                _on_signal(server, settings.drain_seconds)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _on_signal, server, settings.drain_seconds)
-        await server.run(announce)
+            loop.add_signal_handler(number, on_signal)
+        async with beside or contextlib.nullcontext():
+            await server.run(announce)
 
     if parent_pid is not None:
         _watch_parent(parent_pid)
-    asyncio.run(main())
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(main())
     _end(0)
 
 

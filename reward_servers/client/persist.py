@@ -110,6 +110,8 @@ class Persistence(Generic[E]):
                 tasks.append(asyncio.create_task(self._guarded(second, ask, deadline)))
             return await _first_to_succeed(tasks)
         finally:
+            if not all(task.done() for task in tasks):
+                await asyncio.sleep(0)  # a task cancelled before it began would keep its place at the endpoint
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -135,12 +137,12 @@ class Persistence(Generic[E]):
             return None
         chosen = min(free, key=lambda endpoint: (tried.count(endpoint), endpoint.in_flight))
         chosen.breaker.enter(now)
+        chosen.in_flight += 1  # here, so that whoever picks next sees it
         return chosen
 
     async def _guarded(self, endpoint: E, ask: Callable[[E, float], Awaitable[T]], deadline: float) -> T:
-        """One attempt, reported to the circuit breaker however it ends."""
+        """One attempt at an endpoint that was picked for it, reported to the circuit breaker however it ends."""
         self.counts.requests += 1
-        endpoint.in_flight += 1
         timeout_s = max(0.001, min(self.timeout_s, deadline - time.monotonic()))
         try:
             result = await ask(endpoint, timeout_s)
