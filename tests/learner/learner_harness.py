@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
 from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
-from contracts.wire import GroupHeader, PromptSpec, PromptTask
+from contracts.wire import GroupHeader, PromptSpec, PromptTask, StepReport
+from learner.engines.deepspeed import deepspeed_usable
 from learner.types import Rewards, StepJob
 
 CAPTIONS = ("a red circle", "a blue square", "two green circles", "a circle", "a square")
@@ -65,6 +67,11 @@ class Painted:
     def fetch_embedding(self, digest: str) -> dict[str, np.ndarray]:
         return self.embeddings[digest]
 
+    def train(self, learner: Any, job: StepJob) -> StepReport:
+        """One learner step on these groups."""
+        report: StepReport = learner.update(job, self.fetch, self.fetch_embedding)
+        return report
+
 
 def paint_groups(painter: Any, num_groups: int, first_id: int = 0, captions: Sequence[str] = CAPTIONS) -> Painted:
     """Groups first_id, first_id + 1, ..., painted with the weights the painter holds."""
@@ -78,6 +85,19 @@ def paint_groups(painter: Any, num_groups: int, first_id: int = 0, captions: Seq
         painted.headers[group_id], painted.arrays[group_id] = group.header, group.arrays
         painted.embeddings.update(group.embeddings)
     return painted
+
+
+def paint_with(config: RunConfig, num_groups: int) -> Painted:
+    """Groups painted here by a painter of `config`, on one thread."""
+    from actors.painter import Painter
+
+    torch.set_num_threads(1)
+    return paint_groups(Painter(config), num_groups)
+
+
+def engine_section(stage: int | None) -> dict[str, Any]:
+    """`learner` settings of DeepSpeed at a ZeRO stage; None: the plain engine."""
+    return {"engine": "plain"} if stage is None else {"engine": "deepspeed", "zero_stage": stage}
 
 
 def seeded_rewards(painted: Painted, invalid: Mapping[int, Sequence[int]] | None = None) -> dict[int, Rewards]:
@@ -121,6 +141,8 @@ def weights_of(learner: Any, kind: str = "param") -> dict[str, np.ndarray]:
 
 # -- ranks as processes
 
+needs_deepspeed = pytest.mark.skipif(not deepspeed_usable()[0], reason=deepspeed_usable()[1])
+
 
 def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """work(rank, world_size, *args) in a process each, with a rendezvous on the loopback; their results by rank.
@@ -129,7 +151,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: 
     """
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_rank_main, args=(rank, world_size, port, results, work, args))
         for rank in range(world_size)
@@ -167,7 +189,8 @@ def _rank_main(rank: int, world_size: int, port: int, results: Any, work: Callab
             torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody on this machine listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
