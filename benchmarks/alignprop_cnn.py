@@ -18,7 +18,7 @@ EVALUATIONS = 5
 COLUMNS = ("cnn/score", "playground/dense", "playground/strict")
 
 
-def run(repeats: int = 1, steps: int = 40) -> dict[str, Any]:
+def run(repeats: int = 1, steps: int = 30) -> dict[str, Any]:
     """Rows by step: means of the scorer's and the verifier's columns over held-out pictures. repeats: seeds."""
     every = max(1, steps // EVALUATIONS)
     overrides = {"eval.num_prompts": EVAL_PROMPTS}

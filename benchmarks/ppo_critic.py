@@ -19,7 +19,7 @@ NUM_BLOCKS = 6
 METRICS = ("explained_variance", "value_error", "playground/reward/mean")
 
 
-def run(repeats: int = 1, steps: int = 90) -> dict[str, Any]:
+def run(repeats: int = 1, steps: int = 60) -> dict[str, Any]:
     """Rows by block of steps: mean and standard error of the explained variance and others. repeats: seeds."""
     curves = [learn(CONFIG, seed, steps) for seed in range(repeats)]
     return {
