@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich import box
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -22,6 +21,9 @@ from cluster.status import Status, take_status
 
 REMOTE_S = 15.0
 """Shortest time between looks at a run behind a URL: each look copies its small files."""
+
+GAP = 3
+"""Columns between tables."""
 
 STATE_STYLES = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "crashed": "red"}
 STAGES = ("admitted", "generating", "generated", "scoring", "ready", "claimed", "trained", "discarded")
@@ -59,11 +61,34 @@ def show(
 def render(status: Status) -> RenderableType:
     """The whole view of one moment."""
     tables = [_progress(status), _rates(status), _stages(status), _books(status)]
-    parts: list[RenderableType] = [_head(status), Columns(tables, padding=(0, 3)), _verdict(status)]
+    parts: list[RenderableType] = [_head(status), _Beside(tables), _verdict(status)]
     if status["faults"]["last"]:
         parts.append(_faults(status))
     parts += [Text(text, style="dim") for text in status["missing"]]
     return Group(*parts)
+
+
+class _Beside:
+    """Tables beside each other as far as the terminal is wide."""
+
+    def __init__(self, tables: list[Table]) -> None:
+        self.tables = tables
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = [console.measure(table, options=options).maximum + GAP for table in self.tables]
+        rows: list[list[Table]] = [[]]
+        used = 0
+        for table, width in zip(self.tables, widths, strict=True):
+            if rows[-1] and used + width > options.max_width:
+                rows.append([])
+                used = 0
+            rows[-1].append(table)
+            used += width
+        for row in rows:
+            grid = Table.grid(padding=(0, GAP, 0, 0))
+            grid.add_row(*row)
+            yield grid
+            yield ""
 
 
 def _head(status: Status) -> RenderableType:
@@ -127,7 +152,7 @@ def _books(status: Status) -> Table:
 
 def _verdict(status: Status) -> Text:
     waited, scale = status["verdict"]
-    return Text.assemble("\n", (waited, ""), "\n", (scale, "bold"))
+    return Text.assemble((waited, ""), "\n", (scale, "bold"))
 
 
 def _faults(status: Status) -> Table:

@@ -46,11 +46,11 @@ class Shown:
 
 @dataclass(frozen=True)
 class Card:
-    """One prompt and seed, painted at several times (and by several runs)."""
+    """One prompt and seed. strips: by run, its image at each evaluation."""
 
     prompt: str
     seed: int
-    images: tuple[Shown, ...]
+    strips: dict[str, tuple[Shown, ...]]
 
 
 def write_report(locations: Sequence[str], out: str | None = None, runs_dir: str = "runs") -> str:
@@ -117,7 +117,7 @@ def render(views: Sequence[RunView]) -> str:
 
 
 def _panels(panels: Sequence[Panel]) -> list[dict[str, Any]]:
-    return [{"title": p.title, "note": p.note, "tag": p.tag, "svg": Markup(p.svg)} for p in panels]
+    return [{"title": p.title, "note": p.note, "tag": p.tag, "legend": p.legend, "svg": Markup(p.svg)} for p in panels]
 
 
 def _newest(found: Sequence[Fault]) -> list[Fault]:
@@ -212,16 +212,15 @@ def config_differences(views: Sequence[RunView]) -> dict[str, list[str]]:
 
 def image_cards(views: Sequence[RunView]) -> list[Card]:
     """Images of the same prompt and seed side by side: of several evaluations, and of several runs."""
-    labelled = [
-        (f"{view.name}: {one.tag}" if len(views) > 1 else one.tag, one)
-        for view in views
-        for one in _chosen(view.samples)
-    ]
-    rows = same_images([one for _, one in labelled])[:MAX_PROMPTS]
-    return [
-        Card(prompt, seed, tuple(_show(label, sample) for (label, _), sample in zip(labelled, row, strict=True)))
-        for (prompt, seed), row in rows
-    ]
+    names = _distinct_names(views)
+    sets = [(name, one) for name, view in zip(names, views, strict=True) for one in _chosen(view.samples)]
+    cards = []
+    for (prompt, seed), row in same_images([one for _, one in sets])[:MAX_PROMPTS]:
+        strips: dict[str, tuple[Shown, ...]] = {}
+        for (name, one), sample in zip(sets, row, strict=True):
+            strips[name] = (*strips.get(name, ()), _show(one.tag, sample))
+        cards.append(Card(prompt, seed, strips))
+    return cards
 
 
 def _chosen(sets: Sequence[SampleSet]) -> list[SampleSet]:

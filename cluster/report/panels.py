@@ -6,7 +6,7 @@ Does not own: how a plot is drawn (plots.py), where it stands on the page (page.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.report import plots
@@ -24,12 +24,13 @@ HIDDEN_METRICS = ("lr", "reward", "reward_std", "valid_fraction")
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. tag: a word beside the title, such as 'held out'; svg: safe markup made here."""
+    """One plot. tag: a word beside the title, such as 'held out'; legend: (colour, name); svg: safe markup."""
 
     title: str
     svg: str
     note: str = ""
     tag: str = ""
+    legend: tuple[tuple[int, str], ...] = ()
 
 
 def reward_panels(views: Sequence[RunView]) -> list[Panel]:
@@ -86,7 +87,9 @@ def evaluation_panels(views: Sequence[RunView]) -> list[Panel]:
     panels = _curve("held-out accuracy", lines, note="bars: standard error", percent=True)
     tasks = _by_task(views)
     if len(tasks[1]) > 1 and len(tasks[0]) > 1:
-        panels.append(Panel("held-out accuracy by task", plots.grouped_rows(tasks[0], tasks[1], percent=True)))
+        panels.append(
+            Panel("held-out accuracy by task", plots.grouped_rows(tasks[0], percent=True), legend=_numbered(tasks[1]))
+        )
     return panels
 
 
@@ -147,7 +150,8 @@ def _phase_panels(views: Sequence[RunView]) -> list[Panel]:
             for phase in phases
         }
         labels = [_name(views, index) or role for index in known]
-        panels.append(Panel(title, plots.shares(Bars(labels, parts)), note="share of wall time by phase"))
+        svg, note = plots.shares(Bars(labels, parts)), "share of wall time by phase"
+        panels.append(Panel(title, svg, note, legend=_numbered(parts)))
     return panels
 
 
@@ -195,7 +199,12 @@ def _actor_panels(view: RunView) -> list[Panel]:
 def _curve(title: str, lines: Sequence[Line], note: str = "", tag: str = "", percent: bool = False) -> list[Panel]:
     """A panel of curves; none where no line has anything to show."""
     shown = [line for line in lines if line.x or line.points]
-    return [Panel(title, plots.curves(shown, percent=percent), note, tag)] if shown else []
+    legend = tuple((line.run % len(plots.RUN_COLOURS), line.name) for line in shown if line.name)
+    return [Panel(title, plots.curves(shown, percent=percent), note, tag, legend)] if shown else []
+
+
+def _numbered(names: Iterable[str]) -> tuple[tuple[int, str], ...]:
+    return tuple((index % len(plots.RUN_COLOURS), name) for index, name in enumerate(names))
 
 
 def _lines(views: Sequence[RunView], key: str) -> list[Line]:

@@ -13,7 +13,6 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,17 +28,16 @@ _VARIABLES = {TEXT: "var(--plot-text)", GRID: "var(--plot-grid)"} | {
 }
 SIZE = (4.3, 2.35)
 MAX_POINTS = 500
+MAX_LABEL = 18
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: sharp, searchable, in the page's font
     "text.parse_math": False,  # a `$` in a scorer's name is a `$`
     "font.size": 8.5,
     "axes.edgecolor": GRID, "axes.labelcolor": TEXT, "text.color": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False,
-    "legend.fontsize": 7.5, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
+    "axes.axisbelow": True, "xtick.major.size": 0, "ytick.major.size": 0,
+    "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
 }  # fmt: skip
-_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "handlelength": 1.0, "columnspacing": 1.0}
-"""A legend over the plot hides no curve."""
 _drawing = threading.Lock()  # rc_context changes the library's global settings
 
 
@@ -47,7 +45,7 @@ _drawing = threading.Lock()  # rc_context changes the library's global settings
 class Line:
     """One run's curve: x, y of equal length; spread: half-width of a band, or None; points: markers beside the curve.
 
-    run: index of the run, which decides the colour; name: for the legend, empty for none.
+    run: index of the run, which decides the colour; name: for the page's legend, empty for none.
     """
 
     run: int
@@ -56,7 +54,6 @@ class Line:
     name: str = ""
     spread: Sequence[float] | None = None
     points: Sequence[tuple[float, float, float]] = ()  # x, y, error
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,9 @@ def curves(lines: Sequence[Line], xlabel: str = "step", percent: bool = False) -
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=xlabel == "step"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        _widen_flat(axes)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-        if any(line.name for line in lines):
-            axes.legend(**_ABOVE, ncols=3)
 
     return _svg(draw, SIZE)
 
@@ -98,50 +94,64 @@ def columns(values: dict[str, float], xlabel: str = "", colour: int = 0) -> str:
     return _svg(draw, SIZE)
 
 
-def grouped_rows(groups: Mapping[str, Sequence[float | None]], names: Sequence[str], percent: bool = False) -> str:
-    """Horizontal bars, one group a label, one bar a name; None is left out."""
+def grouped_rows(groups: Mapping[str, Sequence[float | None]], percent: bool = False) -> str:
+    """Horizontal bars, one group a label, one bar a value, coloured in their order; None is left out."""
+    number = max(map(len, groups.values()), default=1)
 
     def draw(axes: Axes) -> None:
-        height = 0.8 / max(len(names), 1)
-        for index, name in enumerate(names):
+        height = 0.8 / number
+        for index in range(number):
             values = [of_group[index] for of_group in groups.values()]
             there = [(row, value) for row, value in enumerate(values) if value is not None]
             axes.barh(
-                [row + (index - (len(names) - 1) / 2) * height for row, _ in there], [value for _, value in there],
-                height * 0.9, color=RUN_COLOURS[index % len(RUN_COLOURS)], label=name,
+                [row + (index - (number - 1) / 2) * height for row, _ in there], [value for _, value in there],
+                height * 0.9, color=RUN_COLOURS[index % len(RUN_COLOURS)],
             )  # fmt: skip
-        axes.set_yticks(range(len(groups)), list(groups))
+        axes.set_yticks(range(len(groups)), [short(label) for label in groups])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         if percent:
             axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-        axes.legend(**_ABOVE, ncols=min(len(names), 3))
 
-    return _svg(draw, (SIZE[0], max(SIZE[1], 0.5 + 0.3 * len(groups) * max(1.0, 0.6 * len(names)))))
+    return _svg(draw, (SIZE[0], max(SIZE[1], 0.5 + 0.3 * len(groups) * max(1.0, 0.6 * number))))
 
 
 def shares(bars: Bars) -> str:
-    """Stacked horizontal bars of shares, each row summing to one; the legend below."""
+    """Stacked horizontal bars of shares, each row summing to one; parts take the colours in their order."""
 
     def draw(axes: Axes) -> None:
         left = np.zeros(len(bars.labels))
-        for index, (name, parts) in enumerate(bars.parts.items()):
+        for index, parts in enumerate(bars.parts.values()):
             widths = np.asarray(parts, dtype=float)
             colour = RUN_COLOURS[index % len(RUN_COLOURS)]
-            drawn = axes.barh(list(bars.labels), widths, left=left, height=0.55, color=colour, label=name)
+            drawn = axes.barh(range(len(widths)), widths, left=left, height=0.55, color=colour)
             axes.bar_label(
                 drawn, labels=[f"{width:.0%}" if width > 0.06 else "" for width in widths], label_type="center",
                 fontsize=7.5, color="white",
             )  # fmt: skip
             left += widths
+        axes.set_yticks(range(len(bars.labels)), [short(label) for label in bars.labels])
         axes.set_xlim(0, 1)
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
         axes.xaxis.set_visible(False)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, handlelength=1.0, columnspacing=1.0)
 
-    return _svg(draw, (SIZE[0], 0.75 + 0.36 * len(bars.labels) + 0.16 * len(bars.parts) / 2))
+    return _svg(draw, (SIZE[0], 0.3 + 0.4 * len(bars.labels)))
+
+
+def short(label: str) -> str:
+    """A label that leaves room for the bar."""
+    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…"
+
+
+def _widen_flat(axes: Axes) -> None:
+    """Rounding errors of a constant are no curve: give it a range in which it is flat."""
+    low, high = axes.get_ylim()
+    size = max(abs(low), abs(high))
+    if high - low < 1e-4 * size:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - 0.1 * size, middle + 0.1 * size)
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
@@ -155,15 +165,11 @@ def _draw_line(axes: Axes, line: Line) -> None:
             half = moving_average(np.asarray(line.spread, dtype=float))
             low, high = (smooth - half)[keep], (smooth + half)[keep]
             axes.fill_between(x[keep], low, high, color=colour, alpha=0.12, linewidth=0)
-        style = (0, (4, 2)) if line.dashed else "solid"
-        axes.plot(x[keep], smooth[keep], color=colour, linewidth=1.5, linestyle=style, label=line.name or None)
+        axes.plot(x[keep], smooth[keep], color=colour, linewidth=1.5)
     if line.points:
         px, py, error = (np.asarray(each, dtype=float) for each in zip(*line.points, strict=True))
-        label = None if len(x) else line.name or None
-        axes.errorbar(
-            px, py, yerr=error, fmt="o" if len(x) else "o-", color=colour, markersize=4, capsize=2, linewidth=1,
-            label=label,
-        )  # fmt: skip
+        form = "o" if len(x) else "o-"
+        axes.errorbar(px, py, yerr=error, fmt=form, color=colour, markersize=4, capsize=2, linewidth=1)
 
 
 def moving_average(values: np.ndarray) -> np.ndarray:

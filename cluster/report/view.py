@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +156,7 @@ class RunView:
             return float(self.summary["train_seconds"])
         begins = [event["time"] for event in self.of_kind("phase") if event.get("phase") == "training"]
         total = 0.0
-        for begin, following in zip(begins, [*begins[1:], float("inf")], strict=True):
+        for begin, following in pairwise([*begins, float("inf")]):
             total += max((at for at in self._worked_at() if begin <= at < following), default=begin) - begin
         return total
 

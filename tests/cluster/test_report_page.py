@@ -76,7 +76,7 @@ def test_a_prompt_is_text(page: Outline) -> None:
 def test_runs_beside_each_other(tmp_path: Path) -> None:
     first, second = make_run(tmp_path, "first"), make_run(tmp_path, "second", steps=6, seed=9)
     page = Outline(render([read_run(first), read_run(second)]))
-    for words in ("first", "second", "Where they differ", "first: before", "second: after"):
+    for words in ("first", "second", "Where they differ", "before", "after"):
         assert words in page.text
     assert page.tags.count("img") == 8, "the same prompts and seeds of both runs, before and after"
     differences = config_differences([read_run(first), read_run(second)])
@@ -106,7 +106,7 @@ def test_an_image_that_is_gone_or_torn_is_said_to_be(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run.samples / "after" / "000.png").write_bytes(b"no image")
     cards = image_cards([read_run(run)])
-    assert [bool(one.uri) for one in cards[0].images] == [True, False]
+    assert [bool(one.uri) for one in cards[0].strips["made-up"]] == [True, False]
     assert "not kept" in Outline(render([read_run(run)])).text
 
 
@@ -115,11 +115,11 @@ def test_images_between_are_thinned_and_large_ones_are_shrunk(tmp_path: Path) ->
     for step in (1, 2, 3):
         keep(run, f"step {step}", step, [0.0, 0.0])
     Image.fromarray(np.zeros((1000, 500, 3), np.uint8)).save(run.samples / "after" / "000.png")
-    cards = image_cards([read_run(run)])
-    assert [one.label for one in cards[0].images] == ["before", "step 2", "step 3", "after"]
-    assert len(cards[0].images) == MAX_SETS
-    assert cards[0].images[-1].uri.startswith("data:image/webp")
-    assert len(cards[0].images[-1].uri) < THUMBNAIL**2
+    (images,) = image_cards([read_run(run)])[0].strips.values()
+    assert [one.label for one in images] == ["before", "step 2", "step 3", "after"]
+    assert len(images) == MAX_SETS
+    assert images[-1].uri.startswith("data:image/webp")
+    assert len(images[-1].uri) < THUMBNAIL**2
 
 
 def test_the_report_command_and_where_it_writes(tmp_path: Path) -> None:
@@ -176,7 +176,8 @@ def test_a_moving_average_keeps_length_and_mean() -> None:
 
 
 def test_plots_take_the_colours_of_the_page() -> None:
-    svg = plots.curves([plots.Line(0, [1, 2], [1, 2], name="a $ < b")])
-    assert "a $ &lt; b" in svg
-    assert "var(--c0)" in svg
+    svg = plots.columns({"a $x$ < b": 1.0, "c": 2.0}, colour=3)
+    assert "a $x$ &lt; b" in svg, "no formula, no markup"
+    assert "var(--c3)" in svg
+    assert "var(--plot-text)" in svg
     assert not re.search(r"#0f0f..", svg)

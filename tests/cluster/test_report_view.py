@@ -6,8 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.ledger import Ledger
@@ -98,6 +99,7 @@ def test_what_a_roll_back_undid_is_left_out() -> None:
     assert [row["time"] for row in kept] == [0, 1, 4, 5, 6]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 20), max_size=40))
 def test_a_lineage_rises_and_ends_with_the_newest_row(steps: list[int]) -> None:
     kept = [row["step"] for row in lineage(rows(*steps))]
@@ -129,11 +131,10 @@ def test_runs_are_found_by_name_by_path_and_by_age(tmp_path: Path) -> None:
 
 
 def test_a_run_behind_a_url_is_read_without_its_weights(tmp_path: Path) -> None:
-    local = make_run(tmp_path)
-    (local.checkpoints / "step-000001").mkdir()
-    (local.checkpoints / "step-000001" / "param.safetensors").write_bytes(b"large")
-    remote = RunFolder(local.root, f"memory://{tmp_path.name}/made-up")
+    remote = RunFolder(make_run(tmp_path).root, f"memory://{tmp_path.name}/made-up")
     remote.sync()
+    weights = f"/{tmp_path.name}/made-up/checkpoints/step-000001/param.safetensors"
+    fsspec.filesystem("memory").pipe_file(weights, b"large")
     folder = open_run(remote.url or "")
     view = read_run(folder)
     assert (view.state, view.step, len(view.samples)) == ("finished", 4, 2)

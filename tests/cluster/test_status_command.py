@@ -101,7 +101,7 @@ def test_the_view_has_everything_and_fits_a_narrow_terminal(running: RunFolder) 
     for width in (140, 60):
         shown = text_of(running, width)
         for words in ("run live", "running", "4 of 10", "time left", "painted", "zero_variance", "balance",
-                      "an actor was restarted", "The learner waited for groups"):  # fmt: skip
+                      "last of 1 faults", "actor-0", "The learner waited for groups"):  # fmt: skip
             assert words in " ".join(shown.split()), (width, words)
         assert max(map(len, shown.splitlines())) <= width
 
