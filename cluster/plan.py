@@ -17,6 +17,7 @@ from cluster.checks.machines import wanted_cpus, wanted_gpus
 from cluster.checks.method import group_size, num_micro_batches, num_stochastic_steps
 from cluster.telemetry.rates import count_accelerators, gpus_a_replica
 from contracts.config import RunConfig
+from contracts.config.scorers import num_comparisons
 from contracts.declarations import ObjectiveNeeds
 from contracts.needs import objective_needs
 from contracts.wire import Source
@@ -53,6 +54,7 @@ class RunPlan:
     total_steps: int | None
     total_seconds: float | None
     eval_images: int
+    comparisons: dict[str, int] = field(default_factory=dict)  # by scorer of pairs
     notes: list[str] = field(default_factory=list)
 
 
@@ -65,11 +67,12 @@ def make_plan(config: RunConfig) -> RunPlan:
     source = _source(declared, needs)
     return RunPlan(
         places=_places(config, needs, card, source), source=source, groups=groups, images=groups * size,
-        reward_requests=_requests(config, groups, size, source),
+        reward_requests=_requests(config, declared, groups, size, source),
         updates=config.learner.updates_per_step * config.learner.epochs, micro_batches=num_micro_batches(config, needs),
         group_bytes=_group_bytes(config, needs, card, size, source), weight_bytes=_weight_bytes(config, card),
         live_groups=(config.pipeline.max_staleness + 1) * groups, total_steps=config.stop.steps,
         total_seconds=config.stop.seconds, eval_images=config.eval.num_prompts * config.eval.images_per_prompt,
+        comparisons=_comparisons(config, declared, groups, size),
     )  # fmt: skip
 
 
@@ -79,14 +82,25 @@ def _source(declared: Declared, needs: ObjectiveNeeds) -> Source:
     return declared.prompts.source if declared.prompts is not None else Source.ACTORS
 
 
-def _requests(config: RunConfig, groups: int, size: int, source: Source) -> dict[str, int]:
-    """HTTP requests a step, by scorer: a group is asked about on its own, at most max_batch images a request."""
+def _requests(config: RunConfig, declared: Declared, groups: int, size: int, source: Source) -> dict[str, int]:
+    """HTTP requests a step, by scorer: a group is asked about on its own, at most max_batch images a request.
+
+    A scorer that needs a group whole gets it in one request.
+    """
     if source is Source.FILES:
         return {scorer.name: 0 for scorer in config.scorers}
     if source is Source.LEARNER:
         number = ceil(groups * size / config.learner_micro_batch)
         return {scorer.name: 0 if scorer.held_out else number for scorer in config.scorers}
-    return {scorer.name: groups * ceil(size / scorer.max_batch) for scorer in config.scorers}
+    whole = {name for name, gives in declared.scorers.items() if gives is not None and gives.needs_group}
+    return {s.name: groups * (1 if s.name in whole else ceil(size / s.max_batch)) for s in config.scorers}
+
+
+def _comparisons(config: RunConfig, declared: Declared, groups: int, size: int) -> dict[str, int]:
+    """Comparisons of two images a step, both orders counted, by scorer of pairs that the run serves itself."""
+    gives = {scorer.name: declared.scorers[scorer.name] for scorer in config.scorers}
+    pairing = [s for s in config.scorers if (g := gives[s.name]) is not None and g.kind == "pair" and s.serve]
+    return {s.name: groups * num_comparisons(size, s.options.get("pairs")) for s in pairing}
 
 
 def _group_bytes(
@@ -216,6 +230,9 @@ def _step_lines(config: RunConfig, plan: RunPlan) -> list[str]:
         f"  updates        {plan.updates}, over {plan.micro_batches} micro-batches of at most "
         f"{config.learner_micro_batch} rows on {_count(config.learner.ranks, 'rank')}",
     ]
+    if plan.comparisons:
+        compared = ", ".join(f"{name} {number}" for name, number in plan.comparisons.items())
+        lines.insert(2, f"  comparisons    {compared} (both orders)")
     if plan.group_bytes is not None and plan.weight_bytes is not None:
         stored = plan.group_bytes * plan.groups
         live = plan.group_bytes * plan.live_groups

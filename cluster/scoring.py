@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import ray
@@ -31,6 +31,9 @@ class Judge(Protocol):
     @property
     def stats(self) -> Any: ...
 
+    @property
+    def reads(self) -> Literal["images", "latents"] | None: ...
+
     async def score(
         self,
         images: np.ndarray,
@@ -38,6 +41,7 @@ class Judge(Protocol):
         metadata: Sequence[dict[str, Any]],
         *,
         deadline_s: float | None = None,
+        latents: np.ndarray | None = None,
     ) -> ScoreTable: ...
 
     async def aclose(self) -> None: ...
@@ -66,15 +70,19 @@ class Jury:
         names: Sequence[str] | None = None,
         group: bool = False,
         spans: dict[str, Span] | None = None,
+        latents: np.ndarray | None = None,
     ) -> dict[str, ScoreTable]:
         """One table a scorer, for N images. Optional scorers get a grace after the required ones have answered.
 
         group: the images are one group that is to be trained on; otherwise an evaluation, which waits for everyone.
+        latents: floating [N,C,h,w], for the scorers that read them (`reads_latents`).
         spans: filled with when each scorer was asked and how long it took.
         """
         chosen = [self.scorers[name] for name in (names or self.scorers)]
         tasks = {
-            scorer.name: asyncio.create_task(self._one(scorer, images, prompts, metadata, spans), name=scorer.name)
+            scorer.name: asyncio.create_task(
+                self._one(scorer, images, prompts, metadata, spans, latents), name=scorer.name
+            )
             for scorer in chosen
         }
         required = [tasks[s.name] for s in chosen if s.required or s.held_out or not group]
@@ -92,10 +100,12 @@ class Jury:
         prompts: Sequence[str],
         metadata: Sequence[dict[str, Any]],
         spans: dict[str, Span] | None,
+        latents: np.ndarray | None,
     ) -> ScoreTable:
         start = wall_clock()
         try:
-            return await self.judges[scorer.name].score(images, prompts, metadata, deadline_s=scorer.deadline_s)
+            judge = self.judges[scorer.name]
+            return await judge.score(images, prompts, metadata, deadline_s=scorer.deadline_s, latents=latents)
         finally:
             if spans is not None:
                 took = wall_clock() - start
@@ -112,6 +122,10 @@ class Jury:
             reason = f"{type(error).__name__}: {error}"
             return failed_table(name, "", declared_columns(self.scorers[name]), num_images, Outcome.FAILED, reason)
         return task.result()
+
+    def reads_latents(self) -> bool:
+        """Whether some scorer reads latents, or has not said yet what it reads."""
+        return any(judge.reads != "images" for judge in self.judges.values())
 
     async def aclose(self) -> None:
         for judge in self.judges.values():
@@ -144,14 +158,18 @@ class Dispatcher:
     async def score_group(self, vault: str, group_id: int) -> tuple[dict[str, ScoreTable], dict[str, Span]]:
         """Tables of a stored group, and when each scorer was asked and how long it took."""
         handle = self.vaults[vault]
-        header_ref, arrays_ref = handle.header.remote(group_id), handle.get.remote(group_id, ("images",))
+        names = ("images", "clean") if self.jury.reads_latents() else ("images",)
+        header_ref, arrays_ref = handle.header.remote(group_id), handle.get.remote(group_id, names)
         header, arrays = await asyncio.gather(value(header_ref), value(arrays_ref))
         spans: dict[str, Span] = {}
-        return await self._score(header, arrays["images"], spans), spans
+        return await self._score(header, arrays, spans), spans
 
-    async def _score(self, header: GroupHeader, images: np.ndarray, spans: dict[str, Span]) -> dict[str, ScoreTable]:
+    async def _score(
+        self, header: GroupHeader, arrays: Mapping[str, np.ndarray], spans: dict[str, Span]
+    ) -> dict[str, ScoreTable]:
+        images, latents = arrays["images"], arrays.get("clean")
         prompts, metadata = [header.prompt.text] * len(images), [header.prompt.metadata] * len(images)
-        return await self.jury.score(images, prompts, metadata, group=True, spans=spans)
+        return await self.jury.score(images, prompts, metadata, group=True, spans=spans, latents=latents)
 
     async def score_images(
         self, images: np.ndarray, prompts: Sequence[PromptSpec], names: Sequence[str]

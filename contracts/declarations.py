@@ -47,7 +47,13 @@ class ScorerGives(Message):
     gradients: bool = False
     accepts: Literal["images", "latents"] = "images"
     metadata_keys: tuple[str, ...] = ()  # keys every prompt's metadata must hold
+    whole_group: bool = False  # a score depends on the others of its request: never cut nor joined; pair tables always
     uncertainty: bool = False  # the table says how sure each value is (standard deviations)
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether a request is one group that must be scored in one call."""
+        return self.whole_group or self.kind == "pair"
 
 
 class PromptsGive(Message):

@@ -49,7 +49,7 @@ class Work:
 class Batcher:
     """A bounded queue in front of one scorer.
 
-    joins: whether images of several requests may share a call (pair scorers compare within one request).
+    joins: whether images of several requests may share a call (scorers of whole groups compare within one request).
     on_batch(num_images, seconds): told after each call.
     """
 
@@ -63,7 +63,7 @@ class Batcher:
         on_batch: Callable[[int, float], None],
     ) -> None:
         self._scorer, self._max_batch, self._max_wait_s, self.capacity = scorer, max_batch, max_wait_s, capacity
-        self._joins = scorer.declares.kind != "pair"
+        self._joins = not scorer.declares.needs_group
         self._on_batch = on_batch
         self._queue: deque[Work] = deque()
         self._arrival = asyncio.Event()

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from contracts.config.scorers import SCORER_OPTIONS
 from contracts.declarations import ScorerGives
 from contracts.errors import ConfigError, RegistryError, SalonError
 from contracts.registry import Resolved, resolve
@@ -35,6 +37,10 @@ def make_scorer(name: str, options: Sequence[str] = ()) -> Scorer:
         scorer = cls(**arguments)
     except SalonError:
         raise
+    except ValidationError as error:  # of its section in contracts.config.scorers
+        known = ", ".join(SCORER_OPTIONS[name].model_fields) if name in SCORER_OPTIONS else "see its class"
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ConfigError("option", f"{name}: {problems}", f"options of {name}: {known}") from error
     except Exception as error:
         raise ConfigError("option", f"{name} refused its options: {describe(error)}") from error
     scorer.name = scorer.name or resolved.name

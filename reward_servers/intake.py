@@ -83,9 +83,9 @@ def parse(body: bytes, scorer: Scorer, settings: ServerSettings) -> Job:
     latents = scorer.declares.accepts == "latents"
     inputs = _latents(arrays, num_images) if latents else _images(arrays, num_images, settings)
     groups = _by_shape(inputs)
-    if len(groups) > 1 and (header.want_gradients or scorer.declares.kind == "pair"):
-        raise Refusal(422, "gradients and pair scores need images of one size")
-    return _cut(header, inputs, groups, settings.max_batch if scorer.declares.kind != "pair" else num_images)
+    if len(groups) > 1 and (header.want_gradients or scorer.declares.needs_group):
+        raise Refusal(422, "gradients and scores of a whole group need images of one size")
+    return _cut(header, inputs, groups, num_images if scorer.declares.needs_group else settings.max_batch)
 
 
 def _images(arrays: dict[str, np.ndarray], num_images: int, settings: ServerSettings) -> list[np.ndarray]:

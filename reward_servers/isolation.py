@@ -20,7 +20,7 @@ _REASON_CHARS = 300
 def score_isolated(scorer: Scorer, batch: ScoreBatch) -> ScoreTable:
     """The scorer's table of a batch, sealed. When the call fails each image is tried alone; who fails is FAILED.
 
-    Pair scorers compare the images of a batch, so theirs fails as a whole.
+    Scorers of whole groups compare the images of a batch, so theirs fails as a whole.
     """
     expected = expectation(scorer, batch)
     try:
@@ -29,7 +29,7 @@ def score_isolated(scorer: Scorer, batch: ScoreBatch) -> ScoreTable:
         log.warning(
             "%s failed on a batch of %d: %s", scorer.name, len(batch), describe(error), exc_info=len(batch) == 1
         )
-        if len(batch) == 1 or expected.kind == "pair":
+        if len(batch) == 1 or scorer.declares.needs_group:
             return blank_table(scorer.name, scorer.version, expected, Outcome.FAILED, describe(error))
     parts = [score_isolated(scorer, batch.one(index)) for index in range(len(batch))]
     try:

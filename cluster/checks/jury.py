@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from cluster.checks.aggregation import scorer_mismatch
 from cluster.checks.declared import Declared, look_up
+from cluster.checks.options import check_options
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
@@ -30,6 +31,7 @@ def check_jury(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
         gives = declared.scorers[scorer.name]
         if gives is not None:
             yield from _scorer(config, index, scorer, gives, declared.aggregation)
+    yield from check_options(config)
     yield from _weights(config)
     yield from _judging(config, declared)
     if declared.objective is not None and declared.objective.reward_gradient:
@@ -48,8 +50,9 @@ def _scorer(
             f"it has {', '.join(gives.columns)}",
         )
     yield from scorer_mismatch(config, index, gives, rule)
-    if gives.accepts == "latents":
-        yield ConfigError(where, f"{scorer.name} reads latents; the jury is sent images", "use a scorer of images")
+    if gives.accepts == "latents" and judging_scorer(config) == scorer.name:
+        yield ConfigError(where, f"{scorer.name} reads latents; held-out images are judged as images",
+                          "set eval.scorer to a scorer of images")  # fmt: skip
 
 
 def _weights(config: RunConfig) -> Iterator[ConfigError]:
@@ -102,6 +105,11 @@ def _gradient(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
         yield ConfigError(
             f"scorers.{index}, objective.name", f"{objective} follows the reward's gradient; {scorer.name} offers none",
             f"use a scorer that declares gradients ({', '.join(able)}), or another objective",
+        )  # fmt: skip
+    elif gives is not None and gives.accepts == "latents":
+        yield ConfigError(
+            f"scorers.{index}, objective.name", f"{objective} sends decoded images; {scorer.name} reads latents",
+            "use a scorer of images",
         )  # fmt: skip
     elif gives is not None and set(scorer.weights) - {gives.columns[0]}:
         yield ConfigError(

@@ -25,9 +25,10 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import numpy as np
 from pydantic import ValidationError
 
 from contracts.config.scoring import ScorerConfig
@@ -77,6 +78,11 @@ class RewardClient:
         )  # fmt: skip
 
     @property
+    def reads(self) -> Literal["images", "latents"] | None:
+        """What the scorer reads, None before it was first asked."""
+        return None if self._info is None else self._info.accepts
+
+    @property
     def stats(self) -> ClientStats:
         """A snapshot of the counters and of the circuits."""
         now = time.monotonic()
@@ -111,10 +117,12 @@ class RewardClient:
         *,
         want_gradients: bool = False,
         deadline_s: float | None = None,
+        latents: np.ndarray | None = None,
     ) -> ScoreTable:
         """The table of N images; never raises for a bad score.
 
         images: uint8 [N,H,W,3], a list of uint8 [H,W,3] of mixed sizes, or floating [N,C,h,w] for a scorer of latents;
+        latents: floating [N,C,h,w], sent in place of the images to a scorer that reads latents;
         metadata: N entries or none; deadline_s: for all attempts together (default: the configuration's).
         With want_gradients the table's gradients are float32, shaped like the images, zero where the score is not OK.
         Raises ValueError when the arguments do not fit together.
@@ -123,6 +131,7 @@ class RewardClient:
         deadline = time.monotonic() + (deadline_s or self.config.deadline_s)
         try:
             info = await self._known_info(deadline)
+            whole = self._readable(whole, info, latents)
             parts = self._cut(whole, info, want_gradients)
         except AttemptFailed as error:
             return self._stats.count(self._blank(whole, want_gradients, error.outcome, error.reason))
@@ -133,6 +142,17 @@ class RewardClient:
             table = self._blank(whole, want_gradients, Outcome.FAILED, str(error))
         return self._stats.count(table)
 
+    def _readable(self, whole: Part, info: ScorerInfo, latents: np.ndarray | None) -> Part:
+        """What the scorer reads of the images and the latents. Raises AttemptFailed when it was not given."""
+        if info.accepts == "images" or not len(whole):
+            return whole
+        if latents is not None:
+            return make_part(latents, whole.prompts, whole.metadata)
+        if not isinstance(whole.inputs, np.ndarray) or whole.inputs.dtype == np.uint8:
+            reason = f"scorer {self.config.name!r} reads latents and was given images"
+            raise AttemptFailed("request", reason, retry="no")
+        return whole
+
     def _cut(self, whole: Part, info: ScorerInfo, want_gradients: bool) -> list[Part]:
         """The requests of a call. Raises AttemptFailed when the scorer cannot do what is asked."""
         if want_gradients and not info.offers_gradients:
@@ -141,6 +161,8 @@ class RewardClient:
             raise AttemptFailed("gradients", "gradients need images of one size", retry="no")
         if info.kind == "pair" or not len(whole):
             return [whole]
+        if info.whole_group:
+            return list(whole.groups())
         return list(whole.cut(min(self.config.max_batch, info.max_images), info.max_body_bytes - _HEADER_BYTES))
 
     async def _part(self, part: Part, info: ScorerInfo, want_gradients: bool, deadline: float) -> ScoreTable:

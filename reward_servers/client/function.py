@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class FunctionScorer:
         self._one_at_a_time = asyncio.Lock()
 
     @property
+    def reads(self) -> Literal["images", "latents"]:
+        return "images"
+
+    @property
     def stats(self) -> ClientStats:
         return self._stats.copy()
 
@@ -64,8 +68,9 @@ class FunctionScorer:
         *,
         want_gradients: bool = False,
         deadline_s: float | None = None,
+        latents: np.ndarray | None = None,
     ) -> ScoreTable:
-        """As RewardClient.score; a function offers no gradients."""
+        """As RewardClient.score; a function offers no gradients and reads images."""
         whole = make_part(images, prompts, metadata)
         if want_gradients:
             shape = whole.shape

@@ -55,6 +55,14 @@ class Part:
             rows = slice(start, start + size)
             yield Part(self.inputs[rows], self.prompts[rows], self.metadata[rows])
 
+    def groups(self) -> Iterator[Part]:
+        """Runs of images with one prompt: the groups of a scorer that needs each whole."""
+        start = 0
+        for end in range(1, len(self) + 1):
+            if end == len(self) or self.prompts[end] != self.prompts[start]:
+                rows, start = slice(start, end), end
+                yield Part(self.inputs[rows], self.prompts[rows], self.metadata[rows])
+
     def expected(self, info: ScorerInfo, want_gradients: bool) -> Expected:
         """What the table must look like; gradients have the shape of the images."""
         shape = self.shape if want_gradients else None

@@ -96,7 +96,7 @@ def test_help_and_list_stay_light_and_the_client_knows_nothing_of_the_server() -
         (["own_scorers:NotAScorer"], "not a subclass"),
         (["own_scorers:Undeclared"], "lacks the class attribute"),
         (["own_scorers:Broken"], "could not be loaded: RuntimeError: no weights today"),
-        (["jpeg_size", "--option", "quality=200"], "quality is 200"),
+        (["jpeg_size", "--option", "quality=200"], "quality: Input should be less than or equal to 100"),
         (["jpeg_size", "--option", "qualty=90"], "options of jpeg_size: quality"),
         (["jpeg_size", "--option", "quality"], "not key=value"),
         (["jpeg_size", "--host", "0.0.0.0"], "set SALON_REWARD_TOKEN"),

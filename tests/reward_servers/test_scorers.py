@@ -15,10 +15,7 @@ import pytest
 from PIL import Image
 from reward_helpers import config_for, pictures, served
 
-from contracts.config.judges import JUDGE_SCORER_OPTIONS
-from contracts.declarations import ScorerGives
 from contracts.errors import ConfigError
-from contracts.registry import entries, resolve
 from contracts.scores import Outcome, ScoreTable
 from playground.world.captions import Spec
 from playground.world.prompts import held_out_prompts
@@ -176,22 +173,3 @@ def test_weights_are_safetensors_or_nothing(tmp_path: Path) -> None:
             weights_file(tmp_path / name)
     with pytest.raises(ConfigError, match="does not exist"):
         weights_file(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("name", [e.name for e in entries("scorer") if e.name not in JUDGE_SCORER_OPTIONS])
-def test_every_listed_scorer_answers_as_its_registry_row_says(name: str, cnn_weights: Path) -> None:
-    resolved = resolve("scorer", name)
-    scorer = resolved.load()()
-    assert isinstance(scorer, Scorer)
-    assert scorer.name == name
-    assert scorer.declares == resolved.declares
-    assert isinstance(resolved.declares, ScorerGives)
-    scorer.load()
-    canary = scorer.canary()
-    table = scorer.score(canary)
-    assert (table.scorer, table.kind, table.columns) == (name, resolved.declares.kind, resolved.declares.columns)
-    assert table.num_images == len(canary)
-    assert table.valid().all()
-    low, high = scorer.value_range
-    assert (table.values >= (-np.inf if low is None else low)).all()
-    assert (table.values <= (np.inf if high is None else high)).all()
