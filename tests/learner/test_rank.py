@@ -14,7 +14,7 @@ import torch
 from actors.painter import Painter
 from contracts.declarations import ObjectiveNeeds
 from contracts.digests import digest_arrays
-from contracts.errors import LearnerError, NonFiniteLoss
+from contracts.errors import LearnerError, NonFiniteLoss, NotStored, OutOfMemory, RankLost
 from contracts.wire import StepReport
 from learner.objectives.base import ModelHandle, Objective
 from learner.rank import RankLearner
@@ -165,6 +165,38 @@ def test_out_of_memory_again_is_an_error_that_names_the_setting(build: Any, pain
     with pytest.raises(LearnerError, match=r"learner\.micro_batch"):
         update(learner, job, painted)
     assert not changed(before, weights_of(learner))
+
+
+def test_out_of_memory_where_peers_wait_asks_for_a_rebuild_once(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Under ZeRO-2 and 3 the others are in a collective by then: all ranks begin again with half the micro-batch."""
+    learner, _ = build("nft", learner={"micro_batch": 4})
+    monkeypatch.setattr(type(learner.engine), "communicates_in_backward", True)
+    learner.world_size, learner._seconds = 2, {"prepass": 0.0}
+
+    def scarce() -> None:
+        raise torch.OutOfMemoryError("as a test would have it")
+
+    with pytest.raises(OutOfMemory, match="ran out of memory"):
+        learner._within_memory(scarce, "prepass")
+    learner.halve_micro_batches()  # as a rebuilt rank is told to
+    with pytest.raises(LearnerError, match=r"learner\.micro_batch") as caught:
+        learner._within_memory(scarce, "prepass")
+    assert not isinstance(caught.value, RankLost), "another rebuild would change nothing"
+
+
+def test_rows_that_cannot_be_read_stop_the_step_before_it_begins(build: Any, painted: Painted) -> None:
+    learner, job = build("nft")
+    before = weights_of(learner)
+
+    def lost(group_id: int, names: tuple[str, ...], samples: slice) -> Any:
+        raise NotStored(f"group {group_id} is not stored")
+
+    with pytest.raises(NotStored, match="is not stored"):
+        learner.update(job, lost, painted.fetch_embedding)
+    assert not changed(before, weights_of(learner))
+    assert update(learner, job, painted).num_updates == 1
 
 
 def test_out_of_memory_in_the_prepass_is_repeated_too(build: Any, painted: Painted) -> None:
