@@ -47,7 +47,7 @@ class Checklist(Protocol):
     """An item that is undecided makes the image undecided: leaving it out would reward what cannot be seen."""
 
     name = "checklist"
-    paper = "Trust Your Critic: Robust Reward Modeling and RL for Faithful Image Editing and Generation (2603.12247)"
+    paper = "Trust Your Critic: FIRM (2603.12247)"
 
     def __init__(self, max_items: int = 8, max_tokens: int = 1024) -> None:
         self.max_items, self.max_tokens = max_items, max_tokens

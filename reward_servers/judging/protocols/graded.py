@@ -44,7 +44,7 @@ class Graded(Protocol):
     """The wording is the one the models were trained on; greedy decoding."""
 
     name = "graded"
-    paper = "Unified Reward Model for Multimodal Understanding and Generation (UnifiedReward, 2503.05236)"
+    paper = "Unified Reward Model for Multimodal Understanding and Generation (2503.05236)"
 
     def __init__(self, form: Literal["final", "dimensions"], max_tokens: int) -> None:
         self.form, self.max_tokens = form, max_tokens

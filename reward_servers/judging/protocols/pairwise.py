@@ -75,7 +75,7 @@ class Consistency(Protocol):
     """paco-rl: P(yes) that two images are consistent in a criterion, mean over both orders."""
 
     name = "consistency"
-    paper = "PaCo-RL: Advancing RL for Consistent Image Generation with Pairwise Reward Modeling (2512.04784)"
+    paper = "PaCo-RL: Advancing Reinforcement Learning for Consistent Image Generation with Pairwise Reward Modeling"
 
     async def ask(self, judge: Judge, criterion: str, first: Picture, second: Picture) -> float:
         """In [0,1]. criterion: identity, style, logic, or words of your own."""
