@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from pydantic import ValidationError
 
 from cluster.ledger.facts import LedgerFacts
 from cluster.ledger.reader import Event, GroupRow
 from cluster.run_folder import RunFolder
 from contracts import codec
-from contracts.config import RunConfig, load_config
-from contracts.errors import ConfigError, LedgerError, PayloadError, SalonError
+from contracts.errors import ConfigError, LedgerError, PayloadError
 from contracts.scores import Outcome, ScoreTable
 from contracts.seeds import Stream, derive_seed
 from contracts.wire import GroupHeader, GroupState, Source
@@ -161,19 +161,14 @@ def _where(row: GroupRow) -> str:
 
 
 def _seeds(folder: RunFolder, row: GroupRow) -> list[int] | None:
-    """Initial-noise seeds as actors derive them from the run's seed; None where the configuration cannot be read."""
-    config = read_config(folder)
-    if config is None or row.source is not Source.ACTORS:
-        return None
-    return [derive_seed(config.seed, Stream.INIT_NOISE, row.group_id, index) for index in range(row.group_size)]
-
-
-def read_config(folder: RunFolder) -> RunConfig | None:
-    """The run's configuration, or None where this version of Salon cannot read it."""
+    """Initial-noise seeds as actors derive them from the run's seed; None where that cannot be read."""
     try:
-        return load_config(folder.config)
-    except SalonError:
+        seed = yaml.safe_load(folder.config.read_text())["seed"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
+    if row.source is not Source.ACTORS:
+        return None
+    return [derive_seed(int(seed), Stream.INIT_NOISE, row.group_id, index) for index in range(row.group_size)]
 
 
 def _painted_with(header: GroupHeader | None) -> Json | None:

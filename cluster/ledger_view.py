@@ -13,6 +13,8 @@ from rich.table import Table
 from cluster.ledger_cli import Json
 
 MAX_REASON = 60
+OTHER_COLUMNS = 105
+"""Width of everything in the list but the prompt, which is cut to what is left."""
 
 
 def print_groups(listing: Json, console: Console | None = None) -> None:
@@ -30,17 +32,22 @@ def print_groups(listing: Json, console: Console | None = None) -> None:
         f"images {images['painted']} painted = {images['trained']} trained + {discarded} discarded + {images['alive']} "
         f"alive: the books {balance}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("group", "state", "version", "step", "stale", "reward", "paint s", "score s", "wait s"):
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     table.add_column("actor", no_wrap=True)
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True)
+    table.add_column("prompt")
+    room = max(20, console.width - OTHER_COLUMNS)
     for group in listing["groups"]:
         state = group["state"] + (f": {group['reason']}" if group["reason"] else "")
         figures = [group["version"], group["step"], group["staleness"], group["reward"], group["paint_seconds"],
                    group["until_scored_seconds"], group["until_trained_seconds"]]  # fmt: skip
         table.add_row(
-            str(group["group"]), state, *map(_figure, figures), group["actor"] or "–", escape(group["prompt"])
+            str(group["group"]),
+            state,
+            *map(_figure, figures),
+            group["actor"] or "–",
+            escape(_cut(group["prompt"], room)),
         )
     console.print(table)
 
@@ -74,7 +81,7 @@ def print_group(group: Json, console: Console | None = None) -> None:
 
 def _score_table(group: Json) -> Table:
     """A line an image: seed, point scores or outcomes, reasons."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("image", justify="right")
     table.add_column("seed", justify="right")
     points = [(name, each) for name, each in group["scores"].items() if each["kind"] == "point"]
@@ -109,6 +116,11 @@ def _sampler(painted: Json | None) -> str:
         f"{painted['sampler']}, {painted['steps']} steps, stochastic at {painted['stochastic_steps'] or 'none'}, "
         f"guidance {painted['guidance_scale']:g}, micro-batches {painted['micro_batches']}"
     )
+
+
+def _cut(text: str, room: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= room else f"{line[: room - 1]}…"
 
 
 def _figure(value: Any) -> str:

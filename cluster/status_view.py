@@ -102,7 +102,10 @@ def _head(status: Status) -> RenderableType:
     head.append(f"\n{status['folder']}", style="dim")
     if state == "failed":
         head.append(f"\n{status['outcome']}", style="red")
-    return Group(head, ProgressBar(total=1.0, completed=status["share_done"], width=60))
+    bar = Table.grid(padding=(0, 1, 1, 0))
+    share = status["share_done"]
+    bar.add_row(ProgressBar(total=1.0, completed=share, width=40), f"{share:.0%}")
+    return Group(head, bar)
 
 
 def _progress(status: Status) -> Table:
@@ -135,8 +138,8 @@ def _rates(status: Status) -> Table:
 
 def _stages(status: Status) -> Table:
     rows = {stage: _number(status["stages"].get(stage)) for stage in STAGES if stage in status["stages"]}
-    capacity = status["capacity"]
-    return _table("groups" + (f" (at most {capacity:g} alive)" if capacity else ""), rows)
+    rows["may be alive"] = _number(status["capacity"])
+    return _table("groups", rows)
 
 
 def _books(status: Status) -> Table:
