@@ -1,7 +1,7 @@
-"""Command line of reward servers: `python -m reward_servers serve NAME`, `list`, `judge up|probe`.
+"""Command line of reward servers: `python -m reward_servers serve NAME`, `list`, `train CONFIG`, `judge up|probe`.
 
 Imports stay within the commands, so that --help answers at once.
-Does not own: what the commands do (serving, judging.cli, contracts.registry).
+Does not own: what the commands do (serving, training, judging.cli, contracts.registry).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import click
 
 from reward_servers.judging.cli import judge
 from reward_servers.reporting import tell_in_one_line
+from reward_servers.training.cli import train
 
 
 @click.group(help="Reward servers of Salon: scorers behind HTTP.")
@@ -22,6 +23,7 @@ def cli() -> None:
 
 
 cli.add_command(judge)
+cli.add_command(train)
 
 
 @cli.command()

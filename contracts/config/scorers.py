@@ -58,6 +58,12 @@ class PickScorePairsOptions(PickScoreOptions):
     pairs: int | None = Field(default=None, ge=1, description="pairs compared a group; null: all of them")
 
 
+class TrainedOptions(DeviceOptions):
+    """A folder that `python -m reward_servers train` wrote."""
+
+    model: str = Field(description="local folder or hub name; safetensors only")
+
+
 class HPSv2Options(DeviceOptions):
     """HPS v2 and v2.1 differ in their weights alone. The published checkpoints are pickles: docs/scorers.md."""
 
@@ -182,6 +188,7 @@ SCORER_OPTIONS: dict[str, type[Section]] = {
     "clip_goal": ClipGoalOptions,
     "pickscore": PickScoreOptions,
     "pickscore_pairs": PickScorePairsOptions,
+    "trained": TrainedOptions,
     "hpsv2": HPSv2Options,
     "aesthetic": AestheticOptions,
     "imagereward": ImageRewardOptions,

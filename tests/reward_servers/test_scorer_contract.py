@@ -53,7 +53,7 @@ def options_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]
     calibration = root / "calibration.json"
     calibration.write_text(json.dumps({"brightness": [0.1, 0.9]}))
     of_clip = {name: [f"model={clip}"] for name in
-               ("clip", "clip_goal", "pickscore", "pickscore_pairs", "hpsv2", "attrictrl_clip")}  # fmt: skip
+               ("clip", "clip_goal", "pickscore", "pickscore_pairs", "trained", "hpsv2", "attrictrl_clip")}  # fmt: skip
     of_geneval = [f"detector={detector}", f"colour_model={clip}"]
     return of_clip | {
         "aesthetic": [f"model={clip}", f"head={build_head(root / 'head.safetensors', 24)}"],
@@ -179,7 +179,7 @@ def test_listing_and_making_a_scorer_import_no_torch() -> None:
         "import sys\n"
         "from contracts.registry import entries, import_target\n"
         "from reward_servers.construct import make_scorer\n"
-        "given = {'hpsv2': ['model=x'], 'imagereward': ['model=x'], 'latent': ['model=x'],\n"
+        "given = {'hpsv2': ['model=x'], 'trained': ['model=x'], 'imagereward': ['model=x'], 'latent': ['model=x'],\n"
         "         'aesthetic': ['head=x'], 'attrictrl_target': ['calibration=x']}\n"
         "for entry in entries('scorer'):\n"
         "    if hasattr(import_target(entry.target), 'make_protocol'):\n"
