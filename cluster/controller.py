@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import time
@@ -31,7 +30,6 @@ from cluster.evaluate import (
     EvalPlan,
     EvalResult,
     base_sampling,
-    image_grid,
     make_source,
     plan_evaluation,
     rollout_sampling,
@@ -42,6 +40,8 @@ from cluster.learner_loop import LearnerLoop
 from cluster.ledger import Ledger
 from cluster.observed import Finder, export_observed
 from cluster.refs import value
+from cluster.report.end import write_at_end
+from cluster.report.samples import keep_samples
 from cluster.rollout_loop import ActorFleet, RolloutLoop
 from cluster.run_folder import RunFolder
 from cluster.scoring import Dispatcher
@@ -327,7 +327,8 @@ class Controller:
             self.phase_share = sum(finished) / len(plan.prompts)
             return images, tables
 
-        results = await asyncio.gather(*(one(chunk) for chunk in chunks))
+        with context.telemetry.timed("controller", "evaluate", lane="controller"):
+            results = await asyncio.gather(*(one(chunk) for chunk in chunks))
         result = summarise(self.config, plan, [tables for _, tables in results])
         self.latest_eval = result.accuracy
         await self._keep_samples(results, plan, tag)
@@ -355,13 +356,9 @@ class Controller:
         assert context is not None
         if not wanted:
             return
-        images = (await value(results[0][0]))[:wanted]
-        grid = image_grid(images)
-        path = context.folder.save_image(f"{tag.replace(' ', '-')}.png", grid)
-        captions = [prompt.text for prompt in plan.prompts[: len(images)]]
-        context.folder.write_text(f"samples/{tag.replace(' ', '-')}.json", json.dumps(captions, indent=1))
-        context.telemetry.image(f"samples/{self.config.eval.split}", grid, context.step)
-        log.info("samples %s: %s", tag, path)
+        images, split = (await value(results[0][0]))[:wanted], self.config.eval.split
+        grid = keep_samples(context.folder, tag, context.step, split, plan, images, results[0][1])
+        context.telemetry.image(f"samples/{split}", grid, context.step)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -396,6 +393,7 @@ class Controller:
             ray.kill(handle)
         if self.watchdog is not None:
             self.watchdog.stop()
+        await write_at_end(self.config, self.context.folder, self.context.telemetry)
         self.finder.close()
         self.context.telemetry.close()
         self.context.ledger.close()

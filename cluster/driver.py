@@ -202,4 +202,6 @@ def print_summary(config: RunConfig, summary: dict[str, Any]) -> None:
     folder = Path(config.runs_dir) / config.name if "://" not in config.runs_dir else f"{config.runs_dir}/{config.name}"
     table.add_row("pictures", f"{folder}/samples/")
     table.add_row("summary", f"{folder}/summary.json")
+    if config.telemetry.report:
+        table.add_row("report", f"{folder}/report.html")
     Console().print(table)

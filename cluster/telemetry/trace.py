@@ -48,9 +48,10 @@ class Trace:
         """Spans that have ended; args are shown with each (group, version, step)."""
         if self._file is None:
             return
+        shown = json.dumps(args, default=str)  # once for all of them: this is what a step does most often
         with self._lock:
             for span in spans:
-                self._span(span, args)
+                self._span(span, shown)
 
     def ended(self, lane: str, name: str, seconds: float) -> None:
         """A span of this process that has just ended."""
@@ -79,15 +80,15 @@ class Trace:
                     log.warning("the trace ends early: %s", error)
                 self._file = None
 
-    def _span(self, span: Span, args: dict[str, Any]) -> None:
+    def _span(self, span: Span, args: str) -> None:
         lane = self._lane(span.lane)
         row, is_new = lane.row_for(span)
         if is_new and row > 0:
             self._name_row(lane, row)
-        self._write(
-            {"ph": "X", "name": span.name, "pid": lane.number, "tid": row, "ts": _micro(span.start),
-             "dur": _micro(span.seconds), "args": args}
-        )  # fmt: skip
+        self._write_line(
+            f'{{"ph":"X","name":{json.dumps(span.name)},"pid":{lane.number},"tid":{row},"ts":{_micro(span.start)},'
+            f'"dur":{_micro(span.seconds)},"args":{args}}}'
+        )
 
     def _lane(self, name: str) -> _Lane:
         lane = self._lanes.get(name)
@@ -107,10 +108,13 @@ class Trace:
         self._write({"ph": "M", "pid": lane.number, "tid": row, "name": "thread_name", "args": {"name": name}})
 
     def _write(self, event: dict[str, Any]) -> None:
+        self._write_line(json.dumps(event, separators=(",", ":"), default=str))
+
+    def _write_line(self, event: str) -> None:
         if self._file is None:
             return
         try:
-            self._written += self._file.write(json.dumps(event, separators=(",", ":")) + ",\n")
+            self._written += self._file.write(event + ",\n")
             now = wall_clock()
             if now - self._flushed > FLUSH_S:
                 self._file.flush()
