@@ -183,7 +183,7 @@ class Engine(ABC):
         return self.local_to_full(name, self.local_live(name).detach())
 
     def local_master(self, name: str) -> Tensor:
-        """Values of this rank's piece at the best precision held locally; as many as in `local_live`."""
+        """fp32 masters of this rank's piece, as many as in `local_live`. Collective under ZeRO-1 and 2 in bf16."""
         return self._named[name]
 
     def local_to_full(self, name: str, local: Tensor) -> Tensor:

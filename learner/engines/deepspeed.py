@@ -143,9 +143,11 @@ class DeepSpeedEngine(Engine):
         return param.ds_tensor if self.stage == 3 else param  # type: ignore[attr-defined]
 
     def local_master(self, name: str) -> Tensor:
-        if self.stage != 3:  # ZeRO-1 and 2 split masters without regard to parameters: take the live weights
-            return self._named[name]
-        return self._zero.get_local_fp32_param(self._named[name])
+        if self.stage == 3:
+            return self._zero.get_local_fp32_param(self._named[name])
+        if self.dtype == "bf16":  # ZeRO-1 and 2 split masters without regard to parameters: collect the whole one
+            return self.full_tensor(name, "param")
+        return self._named[name]  # fp32 weights are what their masters are
 
     def local_to_full(self, name: str, local: Tensor) -> Tensor:
         if self.stage != 3:

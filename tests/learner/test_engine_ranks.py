@@ -295,24 +295,42 @@ def bf16_steps(rank: int, world: int, folder: str, stages: list[int | None], pai
     for stage in stages:
         learner = RankLearner(config_of(folder, {"name": "nft"}, world, stage, dtype="bf16"), rank, world)
         job = job_of(learner.config, painted, seeded_rewards(painted))
-        metrics = [learner.update(job, painted.fetch, painted.fetch_embedding).metrics for _ in range(3)]
+        masters, losses = [weights_of(learner)], []
+        for _ in range(3):
+            losses.append(learner.update(job, painted.fetch, painted.fetch_embedding).metrics["loss"])
+            masters.append(weights_of(learner))
         published = learner.snapshot(1, 1)
         assert published is not None
-        results.append(([m["loss"] for m in metrics], weights_of(learner), published.offer.dtypes))
+        ema = {name: learner.snapshots.full_tensor("ema", name).numpy().copy() for name in masters[0]}
+        results.append((losses, masters, published.offer.dtypes, ema))
     return results
 
 
 def test_bf16_has_fp32_masters_under_every_engine(one_rank: Any) -> None:
     """bf16's rounding differs with the order of sums, so engines agree to a few per cent of the steps taken."""
     results = one_rank["bf16"]
-    plain_losses, plain_weights, _ = results[0]
-    for losses, weights, dtypes in results:
+    plain_losses, plain_masters, *_ = results[0]
+    plain_weights = plain_masters[-1]
+    for losses, masters, dtypes, ema in results:
+        weights = masters[-1]
         assert set(dtypes.values()) == {"bfloat16"}
         assert losses == pytest.approx(plain_losses, rel=2e-3)
         off = np.concatenate([np.abs(weights[name] - value).ravel() for name, value in plain_weights.items()])
         assert off.mean() < 0.1 * LR * 3
         finer_than_bf16 = [name for name, v in weights.items() if np.any(v.view(np.uint32) & 0xFFFF)]
         assert len(finer_than_bf16) > len(weights) / 2
+        same(ema, average_of(masters), atol=1e-6)  # of the fp32 masters: bf16 would lose most of each step
+
+
+def average_of(masters: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The average at decay 0.5, warm-up included, of weights before and after each optimizer step."""
+    from learner.snapshots import warmup_decay
+
+    average = dict(masters[0])
+    for step, weights in enumerate(masters[1:]):
+        decay = warmup_decay(step, 0.5)
+        average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
+    return average
 
 
 def test_ranks_with_other_metrics_are_told_so(two_ranks: Any) -> None:
