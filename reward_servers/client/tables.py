@@ -60,6 +60,8 @@ def seal(
     finite = np.isfinite(values).all(axis=extra) if extra else np.isfinite(values)
     if finite.shape != outcomes.shape:
         raise PayloadError(f"outcomes have shape {outcomes.shape} beside values of shape {values.shape}")
+    if outcomes.ndim == 3 and outcomes.shape[0] != outcomes.shape[1]:
+        raise PayloadError(f"a pair table has outcomes of shape {outcomes.shape}, not [N,N,K]")
     if outcomes.ndim == 3:  # a sample is not compared with itself: NaN on the diagonal of a pair table is no failure
         diagonal = np.arange(len(outcomes))
         outcomes = outcomes.copy()

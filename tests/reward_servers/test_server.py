@@ -338,7 +338,7 @@ def test_metrics_are_the_catalogues_and_count_what_happened() -> None:
     }
     for family in text_string_to_metric_families(text):
         assert family.name in BY_NAME or f"{family.name}_total" in BY_NAME, f"{family.name} is not in the catalogue"
-        assert BY_NAME.get(family.name, BY_NAME.get(f"{family.name}_total")).role == "reward_server"
+        assert BY_NAME.get(family.name, BY_NAME.get(f"{family.name}_total")).role in ("reward_server", "process")
     assert samples["salon_reward_requests_total", ("200",)] == 1
     assert samples["salon_reward_requests_total", ("400",)] == 1
     assert samples["salon_reward_images_total", ("ok",)] == 5
