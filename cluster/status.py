@@ -157,6 +157,7 @@ def _held_out(view: RunView) -> dict[str, Any] | None:
     return {
         "tag": event.get("tag"), "step": event.get("step"), "accuracy": result.get("accuracy"),
         "standard_error": result.get("standard_error"),
+        "shown": None if result.get("accuracy") is None else view.held_out(result["accuracy"]),
     }  # fmt: skip
 
 

@@ -116,8 +116,8 @@ def _progress(status: Status) -> Table:
         "time left": _duration(status["seconds_left"]),
         "weight version": _number(status["weights"]["version"]),
     }
-    if held_out is not None and held_out["accuracy"] is not None:
-        rows[f"held out ({held_out['tag']})"] = f"{held_out['accuracy']:.1%}"
+    if held_out is not None and held_out["shown"] is not None:
+        rows[f"held out ({held_out['tag']})"] = held_out["shown"]
     rows |= {key: _number(value) for key, value in list(status["rewards"].items())[:6]}
     return _table("progress", rows)
 

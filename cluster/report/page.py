@@ -142,11 +142,13 @@ def key_figures(view: RunView) -> dict[str, str]:
     evaluations = [e for e in view.evaluations if e["result"].get("accuracy") is not None]
     if evaluations:
         last = evaluations[-1]["result"]
-        tiles["held-out accuracy"] = f"{last['accuracy']:.1%}"
+        name = "held-out accuracy" if view.judged_by_share else "held-out score"
+        tiles[name] = view.held_out(last["accuracy"])
         if len(evaluations) > 1:
-            gain = 100 * (last["accuracy"] - evaluations[0]["result"]["accuracy"])
-            tiles["held-out accuracy"] = f"{evaluations[0]['result']['accuracy']:.1%} → {last['accuracy']:.1%}"
-            tiles["gain"] = f"{gain:+.1f} points"
+            first = evaluations[0]["result"]["accuracy"]
+            tiles[name] = f"{view.held_out(first)} → {view.held_out(last['accuracy'])}"
+            gain = last["accuracy"] - first
+            tiles["gain"] = f"{100 * gain:+.1f} points" if view.judged_by_share else f"{gain:+.3g}"
     tiles["steps"] = str(view.step)
     seconds = view.train_seconds()
     tiles["training"] = _duration(seconds)

@@ -84,12 +84,12 @@ def evaluation_panels(views: Sequence[RunView]) -> list[Panel]:
             for event in view.evaluations if event["result"].get("accuracy") is not None
         )  # fmt: skip
         lines.append(Line(index, (), (), _name(views, index), points=points))
-    panels = _curve("held-out accuracy", lines, note="bars: standard error", percent=True)
+    share = all(view.judged_by_share for view in views)
+    what = "held-out accuracy" if share else "held-out score"
+    panels = _curve(what, lines, note="bars: standard error", percent=share)
     tasks = _by_task(views)
     if len(tasks[1]) > 1 and len(tasks[0]) > 1:
-        panels.append(
-            Panel("held-out accuracy by task", plots.grouped_rows(tasks[0], percent=True), legend=_numbered(tasks[1]))
-        )
+        panels.append(Panel(f"{what} by task", plots.grouped_rows(tasks[0], percent=share), legend=_numbered(tasks[1])))
     return panels
 
 

@@ -150,6 +150,16 @@ class RunView:
         newest = {str(event.get("tag")): event for event in self.of_kind("evaluation") if event.get("result")}
         return sorted(newest.values(), key=lambda event: event["time"])
 
+    def held_out(self, value: float) -> str:
+        """A held-out result in words: per cent where the judging column is a share of right images, else a number."""
+        return f"{value:.1%}" if self.judged_by_share else f"{value:.4g}"
+
+    @property
+    def judged_by_share(self) -> bool:
+        """Whether every evaluation's result lies between 0 and 1, as the mean of right and wrong does."""
+        results = [event["result"].get("accuracy") for event in self.evaluations]
+        return all(0 <= result <= 1 for result in results if result is not None)
+
     def train_seconds(self) -> float:
         """Seconds of training, over every process that worked on the run."""
         if self.summary.get("train_seconds") is not None and not self.running:

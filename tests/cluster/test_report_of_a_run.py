@@ -67,7 +67,7 @@ def test_before_and_after_are_the_same_prompts_and_seeds(run: RunFolder) -> None
 def test_the_report_was_written_when_it_ended(run: RunFolder) -> None:
     page = run.report.read_text()
     assert page.count("<img") == 6
-    for words in ("finished", "held-out accuracy", "colour · colourfulness", "learner&#39;s time", "The books balance"):
+    for words in ("finished", "held-out score", "colour · colourfulness", "learner&#39;s time", "The books balance"):
         assert words in page, words
 
 

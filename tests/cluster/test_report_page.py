@@ -16,7 +16,15 @@ from PIL import Image
 from cluster.cli import main
 from cluster.report import plots
 from cluster.report.end import write_at_end
-from cluster.report.page import MAX_SETS, THUMBNAIL, config_differences, image_cards, render, write_report
+from cluster.report.page import (
+    MAX_SETS,
+    THUMBNAIL,
+    config_differences,
+    image_cards,
+    key_figures,
+    render,
+    write_report,
+)
 from cluster.report.view import read_run
 from cluster.run_folder import RunFolder
 from contracts.errors import ConfigError
@@ -94,6 +102,14 @@ def test_a_run_that_crashed_before_its_first_step(tmp_path: Path) -> None:
         "Nothing to judge",
     ):
         assert words in page.text
+
+
+def test_a_judging_column_that_is_no_share_is_shown_as_a_number(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.events.write_text(run.events.read_text().replace('"accuracy": 0.5', '"accuracy": 137.25'))
+    view = read_run(run)
+    assert key_figures(view)["held-out score"] == "0.25 → 137.2"
+    assert "held-out accuracy" not in Outline(render([view])).text
 
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
