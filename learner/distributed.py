@@ -9,6 +9,7 @@ Does not own: rebuilding the ranks (cluster/controller.py).
 
 from __future__ import annotations
 
+import os
 import zlib
 from datetime import timedelta
 
@@ -31,6 +32,7 @@ def init_distributed(config: RunConfig, rank: int, world_size: int) -> None:
     set_default_timeout(timeout)
     backend = "nccl" if config.learner.gpus_per_rank > 0 and torch.cuda.is_available() else "gloo"
     if world_size == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where there is one rank
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)

@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from learner.engines.deepspeed import deepspeed_usable
 from learner.types import Rewards
 from tests.learner.learner_harness import (
     Painted,
+    engine_section,
     job_of,
     make_config,
+    needs_deepspeed,
     paint_groups,
+    paint_with,
     run_ranks,
     seeded_rewards,
     weights_of,
@@ -34,14 +36,9 @@ INVALID = {0: [0, 3], 1: [1, 2], 4: [0, 1, 2]}  # 5 groups of 4 in fours: one ra
 OBJECTIVES: dict[str, dict[str, Any]] = {"grpo": {"name": "grpo", "kl_beta": 0.04}, "nft": {"name": "nft"}}
 TOY_STEPS = 24
 
-ENGINES = {
-    "ddp": {"engine": "plain"},
-    **{f"zero{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3) if deepspeed_usable()[0]},
-}
-IDS = [
-    pytest.param(name, marks=pytest.mark.skipif(name not in ENGINES, reason=deepspeed_usable()[1]))
-    for name in ("ddp", "zero1", "zero2", "zero3")
-]
+STAGES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
+IDS = [pytest.param(name, marks=[] if stage is None else needs_deepspeed) for name, stage in STAGES.items()]
+ENGINES = {name: engine_section(stage) for name, stage in STAGES.items() if stage is None or deepspeed_usable()[0]}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -60,7 +57,7 @@ def train_on(rank: int, world: int, folder: str, objective: str, engine: dict[st
     job = job_of(config, painted, seeded_rewards(painted, INVALID))
     # Centred advantages make the loss zero whatever the engine does; off centre, an error shows.
     job = with_advantages(job, lambda _, advantages: np.where(advantages == 0, 0.0, advantages + 0.5))
-    reports = [learner.update(job, painted.fetch, painted.fetch_embedding) for _ in range(STEPS)]
+    reports = [painted.train(learner, job) for _ in range(STEPS)]
     return [(r.metrics["loss"], r.metrics["grad_norm"]) for r in reports], weights_of(learner)
 
 
@@ -96,7 +93,7 @@ def learn_brightness(rank: int, world: int, folder: str, engine: dict[str, Any],
         if shuffle:
             job = with_advantages(job, lambda gid, advantages: np.random.default_rng(gid).permutation(advantages))
         painter.version = step + 1
-        learner.update(job, painted.fetch, painted.fetch_embedding)
+        painted.train(learner, job)
     return brightness() - before
 
 
@@ -117,10 +114,7 @@ def on_two_ranks(rank: int, world: int, folder: str, painted: Painted) -> dict[s
 
 @pytest.fixture(scope="module")
 def painted(tiny_model_folder: Path) -> Painted:
-    from actors.painter import Painter
-
-    torch.set_num_threads(1)
-    return paint_groups(Painter(law_config(str(tiny_model_folder), "grpo", {"engine": "plain"}, 1)), 5)
+    return paint_with(law_config(str(tiny_model_folder), "grpo", engine_section(None), 1), 5)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +127,7 @@ def two_ranks(tiny_model_folder: Path, painted: Painted) -> list[dict[str, Any]]
 def test_two_ranks_do_what_one_does(
     engine: str, objective: str, tiny_model_folder: Path, painted: Painted, two_ranks: Any
 ) -> None:
-    steps, weights = train_on(0, 1, str(tiny_model_folder), objective, {"engine": "plain"}, painted)
+    steps, weights = train_on(0, 1, str(tiny_model_folder), objective, engine_section(None), painted)
     for of_rank in two_ranks:
         found, found_weights = of_rank[engine][0][objective]
         np.testing.assert_allclose(found, steps, rtol=1e-5, err_msg="loss and gradient norm of each step")
@@ -154,7 +148,7 @@ def test_the_ranks_of_the_law_hold_unequal_numbers_of_valid_rows(
     objective: str, tiny_model_folder: Path, painted: Painted
 ) -> None:
     """Else a loss divided by a rank's own count would pass."""
-    config = law_config(str(tiny_model_folder), objective, {"engine": "plain"}, 2)
+    config = law_config(str(tiny_model_folder), objective, engine_section(None), 2)
     plans = job_of(config, painted, seeded_rewards(painted, INVALID)).plans
     counts = [[sum(row.weight for batch in rank for row in batch.rows) for rank in plan.ranks] for plan in plans]
     assert len(counts) == UPDATES
