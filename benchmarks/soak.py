@@ -1,274 +1,263 @@
-"""A long run on the miniature model with faults injected, its books checked all the while (law 11).
+"""A long run with faults injected, its books checked all the while (laws 6 and 11), resumable itself.
 
-Two actors, two DDP ranks, one reward server and one vault train by grpo at staleness 1. At random, seeded moments one
-process after another is killed (SIGKILL) or stopped (SIGSTOP, so that it hangs). Every two seconds the ledger is read
-from outside: painted = trained + discarded + alive, live groups and staleness within their bounds, nothing discarded by
-weights, and progress since the last look that matters. Memory by kind of process is compared between the first and the
-last quarter of the run.
+Two actors, two DDP ranks, reward servers and a vault train by grpo at staleness 1. At seeded moments one process after
+another, the controller, the driver and everything at once included, is killed (SIGKILL) or stopped (SIGSTOP, so that it
+hangs), in every way once before any way twice. After each fault the soak waits until the run makes steps again with all
+its processes, and notes how long that took. The ledger is read from outside: painted = trained + discarded + alive,
+live groups and staleness within their bounds, nothing acknowledged lost. Memory is noted by kind of process.
 
-Ends with a table, runs/soak/soak.json and exit code 0; the first violation ends it with 1.
+Everything noted stands in <runs-dir>/soak.json after every fault: a soak that was ended goes on where it stopped. The
+table of docs/reliability.md is written from it at the end. The first violation ends the soak with status 1.
 
-    python -m benchmarks soak [--minutes 30] [--fault-every 60] [--seed 0] [--runs-dir runs] [--no-faults]
+    python -m benchmarks soak [--faults 200] [--gap 20] [--seed 0] [--minutes 60 --no-faults] [--write-docs]
 """
 
 from __future__ import annotations
 
 import json
 import random
-import signal
-import statistics
 import sys
-import tempfile
 import time
-from collections import Counter
-from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import psutil
 
-from cluster.ledger.reader import Books, LedgerReader
-from contracts.config import RunConfig
+from benchmarks.faults import (
+    FAULTS,
+    KINDS,
+    BooksBroken,
+    Fault,
+    RunUnderFire,
+    Watch,
+    at_full_strength,
+    fault_name,
+    recover,
+)
+from benchmarks.soak_report import show, write_docs
+from contracts.config import RunConfig, to_yaml
 
-KINDS = {
-    "actor": "ray::ActorWorker",
-    "rank": "ray::RankWorker",
-    "dispatcher": "ray::Dispatcher",
-    "vault": "ray::Vault",
-    "reward server": "reward_servers serve",
-    "controller": "ray::ControllerActor",
-}
-FAULTS = [
-    ("actor", signal.SIGKILL), ("actor", signal.SIGSTOP), ("rank", signal.SIGKILL), ("rank", signal.SIGSTOP),
-    ("dispatcher", signal.SIGKILL), ("vault", signal.SIGKILL), ("reward server", signal.SIGKILL),
-]  # fmt: skip
-LOOK_S = 2.0
-STILL_S = 240.0
-"""Longest time without a group painted or trained: a process that hangs is noticed by a lease or a timeout alone."""
+ROOT = Path(__file__).resolve().parent.parent
+RECOVERY_S = 600.0
+"""Longest time a fault may take: a hung rank is noticed by learner.hang_timeout_s, a hung actor by its lease."""
 
+SAMPLE_S = 10.0
+"""Between two looks at memory."""
 
-class BooksBroken(Exception):
-    """A law did not hold; the message says which, with the figures."""
+STOPPED_DRIVER_S = 10.0
+"""How long a stopped driver stays stopped; the run goes on without it."""
 
 
 @dataclass
-class Watch:
-    """Looks at the ledger from outside. Raises BooksBroken."""
+class Notes:
+    """What a soak has seen so far; its file is the soak's own checkpoint."""
 
-    config: RunConfig
+    seed: int
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
     looks: int = 0
     most_live: int = 0
-    progress: tuple[int, int] = (-1, -1)
-    progress_at: float = field(default_factory=time.monotonic)
 
-    def look(self, books: Books) -> None:
-        """Every law that holds at every instant."""
-        self.looks += 1
-        # Admission keeps (staleness + 1) steps live; a roll-back revives those of the steps it undoes.
-        steps = self.config.pipeline.max_staleness + 1 + self.config.checkpoint.every_steps
-        most = steps * self.config.rollout.groups_per_step
-        self.most_live = max(self.most_live, books.live_groups)
-        self._need(books.balanced, "painted is not trained + discarded + alive", books)
-        self._need(books.live_groups <= most, f"more than {most} groups are live", books)
-        within = (books.max_staleness_seen or 0) <= self.config.pipeline.max_staleness
-        self._need(within, "the staleness bound is exceeded", books)
-        self._need(books.discarded_by_weight_sync == 0, "weights discarded images", books)
-        now = (books.painted, books.trained_steps)
-        if now != self.progress:
-            self.progress, self.progress_at = now, time.monotonic()
-        still = time.monotonic() - self.progress_at
-        self._need(still < STILL_S, f"nothing has happened for {still:.0f} s", books)
+    @classmethod
+    def load(cls, path: Path, seed: int) -> Notes:
+        """Those of a soak with this seed, or none."""
+        if path.is_file():
+            notes = cls(**json.loads(path.read_text()))
+            if notes.seed == seed:
+                return notes
+        return cls(seed)
 
-    def _need(self, holds: bool, what: str, books: Books) -> None:
-        if not holds:
-            raise BooksBroken(f"{what}: {books}")
+    def save(self, path: Path) -> None:
+        new = path.with_suffix(".tmp")
+        new.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        new.rename(path)
 
 
-@dataclass
-class Faults:
-    """One process after another comes to harm, in every way once before any way twice."""
+class Soak:
+    """One run under fire."""
 
-    rng: random.Random
-    every_s: float
-    due: float = 0.0
-    deck: list[tuple[str, signal.Signals]] = field(default_factory=list)
-    done: Counter[str] = field(default_factory=Counter)
+    def __init__(self, config: RunConfig, notes: Notes, notes_path: Path, gap_s: float) -> None:
+        self.config, self.notes, self.notes_path, self.gap_s = config, notes, notes_path, gap_s
+        self.folder = Path(config.runs_dir) / config.name
+        self.watch = Watch(config, still_s=RECOVERY_S, looks=notes.looks, most_live=notes.most_live)
+        self.run: RunUnderFire | None = None
+        self.sampled = self.began = time.monotonic()
 
-    def maybe(self) -> None:
-        """The next fault, if it is time."""
-        if not self.every_s or time.monotonic() < self.due:
-            return
-        if self.due:
-            self.deck = self.deck or self.rng.sample(FAULTS, len(FAULTS))
-            self._strike(*self.deck.pop())
-        self.due = time.monotonic() + self.every_s * self.rng.uniform(0.5, 1.5)
+    def start(self) -> RunUnderFire:
+        """The driver, resuming the run of a soak that was ended."""
+        resume = [sys.executable, "-m", "cluster", "resume", str(self.folder)]
+        file = self.folder.parent / f"{self.config.name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_yaml(self.config))
+        command = resume if self.notes.seconds else [sys.executable, "-m", "cluster", "train", str(file)]
+        log = self.folder.parent / f"{self.config.name}.log"
+        self.run = RunUnderFire(command, resume, self.folder / "ledger.sqlite", log, ROOT)
+        return self.run
 
-    def _strike(self, kind: str, number: signal.Signals) -> None:
-        victims = processes(kind)
-        if not victims:
-            return
-        victim = self.rng.choice(victims)
-        try:
-            victim.send_signal(number)
-        except psutil.NoSuchProcess:
-            return
-        name = f"{kind} {number.name}"
-        self.done[name] += 1
-        click.echo(f"{time.strftime('%H:%M:%S')}  {name}, pid {victim.pid}", err=True)
+    def strike_until(self, number: int) -> None:
+        """Faults until there are `number` of them. Raises BooksBroken."""
+        run = self.start()
+        self._recover(steps=3)
+        while len(self.notes.faults) < number:
+            index = len(self.notes.faults)
+            rng = random.Random(f"{self.notes.seed}:{index}")
+            self._wait(self.gap_s * rng.uniform(0.2, 1.0))
+            self._one(run, fault_at(self.notes.seed, index), rng)
+            self._note()
+
+    def watch_for(self, seconds: float) -> None:
+        """The same without faults."""
+        self.start()
+        self._recover(steps=3)
+        while self.notes.seconds < seconds:
+            self._wait(SAMPLE_S)
+            self._note()
+
+    def end(self) -> int:
+        """Stop the run politely; its exit code."""
+        assert self.run is not None
+        return self.run.stop()
+
+    def _one(self, run: RunUnderFire, fault: Fault, rng: random.Random) -> None:
+        kind, number = fault
+        strength, before = len(run.processes(kind)), run.books()
+        struck = run.strike(fault, rng)
+        click.echo(f"{time.strftime('%H:%M:%S')}  {len(self.notes.faults) + 1}: {fault_name(fault)} {struck}", err=True)
+        if kind == "driver" and number.name == "SIGSTOP":
+            self._wait(STOPPED_DRIVER_S)
+            run.wake()
+            struck = []
+        seconds = self._recover(restored=at_full_strength(run, kind, strength, struck))
+        after = run.books()
+        self.notes.faults.append(
+            {
+                "fault": fault_name(fault), "struck": len(struck), "seconds": round(seconds, 2),
+                "steps_before": before.trained_steps if before else 0,
+                "steps_after": after.trained_steps if after else 0,
+                "images_refused": after.refused - before.refused if before and after else 0, "at": time.time(),
+            }
+        )  # fmt: skip
+
+    def _recover(self, **more: Any) -> float:
+        assert self.run is not None
+        return recover(self.run, self.watch, timeout_s=RECOVERY_S, look_s=0.25, **more)
+
+    def _wait(self, seconds: float) -> None:
+        """Let the run go on, looking at its books and its memory."""
+        assert self.run is not None
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            books = self.run.books()
+            if books is not None:
+                self.watch.look(books)
+            if time.monotonic() - self.sampled > SAMPLE_S:
+                self.sampled = time.monotonic()
+                self.notes.memory.append({"at": time.time(), "mb": memory(self.run)})
+            time.sleep(min(1.0, max(0.05, ends - time.monotonic())))
+
+    def _note(self) -> None:
+        self.notes.seconds += time.monotonic() - self.began
+        self.began = time.monotonic()
+        self.notes.looks, self.notes.most_live = self.watch.looks, self.watch.most_live
+        self.notes.save(self.notes_path)
 
 
-def processes(kind: str) -> list[psutil.Process]:
-    """The run's processes of a kind, in the order of their ids."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if KINDS[kind] in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(found, key=lambda process: process.pid)
+def fault_at(seed: int, index: int) -> Fault:
+    """The fault with a number: decks of all of them, each shuffled anew."""
+    deck, place = divmod(index, len(FAULTS))
+    return random.Random(f"{seed}/{deck}").sample(FAULTS, len(FAULTS))[place]
 
 
-def memory() -> dict[str, float]:
-    """Largest resident MB by kind of process."""
-    largest = {}
-    for kind in KINDS:
-        sizes = [_resident(process) for process in processes(kind)]
-        if sizes:
-            largest[kind] = max(sizes) / 2**20
-    return largest
+def memory(run: RunUnderFire) -> dict[str, list[float]]:
+    """Resident MB of every process by kind."""
+    return {kind: [_resident(each) for each in run.processes(kind)] for kind in (*KINDS, "driver")}
 
 
-def _resident(process: psutil.Process) -> int:
+def _resident(process: psutil.Process) -> float:
     try:
-        return int(process.memory_info().rss)
+        return round(process.memory_info().rss / 2**20, 1)
     except psutil.NoSuchProcess:
-        return 0
+        return 0.0
 
 
-def soak(config: RunConfig, faults: Faults) -> dict[str, Any]:
-    """The run from start to summary under watch; returns the report. Raises BooksBroken."""
-    from cluster.driver import start_ray, worker_environment
-
-    start_ray(config)  # before Ray is imported, as it sets the authentication that Ray reads then
-    import ray
-
-    from cluster.controller import ControllerActor
-
-    actor: Any = ControllerActor
-    watch, sizes = Watch(config), []
-    path = Path(config.runs_dir) / config.name / "ledger.sqlite"
-    try:
-        controller = actor.options(runtime_env={"env_vars": worker_environment(config)}).remote(config)
-        result = controller.run.remote()
-        while not ray.wait([result], timeout=LOOK_S)[0]:
-            books = _books(path)
-            if books is None or books.trained_steps == 0:
-                watch.progress_at = time.monotonic()  # models are loading
-                continue
-            watch.look(books)
-            faults.maybe()
-            sizes.append(memory())
-        summary = ray.get(result)
-    finally:
-        ray.shutdown()
-    books = _books(path)
-    assert books is not None
-    watch.look(books)
-    return _report(summary, books, watch, faults, sizes)
-
-
-def _books(path: Path) -> Books | None:
-    if not path.is_file():
-        return None
-    with closing(LedgerReader(path)) as ledger:
-        return ledger.books()
-
-
-def _report(
-    summary: dict[str, Any], books: Books, watch: Watch, faults: Faults, sizes: list[dict[str, float]]
-) -> dict[str, Any]:
-    if summary["images_trained"] != books.trained or summary["images_painted"] != books.painted:
-        raise BooksBroken(f"the summary is not the ledger's: {summary} and {books}")
-    quarter = max(1, len(sizes) // 4)
-    growth = {kind: [_median_of(kind, part) for part in (sizes[:quarter], sizes[-quarter:])] for kind in KINDS}
-    return {
-        "steps": summary["steps"], "train_seconds": summary["train_seconds"], "looks_at_the_books": watch.looks,
-        "most_live_groups": watch.most_live, "max_staleness_seen": books.max_staleness_seen,
-        "images_painted": books.painted, "images_trained": books.trained,
-        "images_discarded": books.discarded_by_reason, "results_refused": books.refused,
-        "learner_rebuilds": summary["learner_rebuilds"], "actor_restarts": summary["actor_restarts"],
-        "faults": dict(faults.done), "resident_mb_first_and_last_quarter": growth,
-    }  # fmt: skip
-
-
-def _median_of(kind: str, sizes: list[dict[str, float]]) -> float:
-    return statistics.median([size[kind] for size in sizes if kind in size] or [0.0])
-
-
-def make_config(folder: Path, runs_dir: Path, minutes: float, seed: int) -> RunConfig:
-    """The run, on a miniature model with random weights that is written to `folder`."""
+def make_config(model: Path, runs_dir: Path, seed: int) -> RunConfig:
+    """The run: the playground's prompts and verifier, a model of its kind in `model`."""
     from contracts.config.load import config_from_tree
-    from playground.train.pipeline import build_pipeline
 
-    build_pipeline(size="tiny", seed=0).save_pretrained(folder)
     return config_from_tree(
         {
             "name": "soak",
             "seed": seed,
             "runs_dir": str(runs_dir.absolute()),
             "exist": "replace",
-            "model": {"path": str(folder)},
+            "model": {"path": str(model.absolute())},
             "sampler": {"steps": 4},
-            "rollout": {"actors": 2, "groups_per_step": 4, "group_size": 4, "micro_batch": 4, "lease_s": 60.0,
-                        "cpus_per_actor": 0.5, "max_attempts": 10},
-            "scorers": [{"name": "colour", "serve": "colourfulness"}],
-            "reward": {"lease_s": 60.0},
+            "rollout": {"actors": 2, "groups_per_step": 4, "group_size": 4, "micro_batch": 4, "lease_s": 30.0,
+                        "cpus_per_actor": 0.5, "max_attempts": 10_000},
+            "scorers": [{"name": "colour", "serve": "colourfulness", "timeout_s": 10.0, "max_retries": 20,
+                         "retry_budget": 10.0}],
+            "reward": {"lease_s": 120.0},
             "objective": {"name": "grpo"},
-            "learner": {"engine": "plain", "ranks": 2, "cpus_per_rank": 0.5, "hang_timeout_s": 60.0,
+            "learner": {"engine": "plain", "ranks": 2, "cpus_per_rank": 0.5, "hang_timeout_s": 30.0,
                         "max_rebuilds": 10_000},
-            "checkpoint": {"every_steps": 5},
+            "checkpoint": {"every_steps": 10, "keep_last": 2},
+            "weights": {"timeout_s": 30.0},
+            "cluster": {"controller_hang_s": 30.0, "controller_restarts": 10_000},
             "eval": {"before": False, "num_prompts": 4, "samples_to_save": 0},
             "telemetry": {"tensorboard": False},
-            "stop": {"seconds": 60.0 * minutes},
+            "stop": {"steps": 10_000_000},
         }
     )  # fmt: skip
 
 
+def _model(kind: str, runs_dir: Path) -> Path:
+    """The playground's base, or the same architecture at miniature size with random weights, written once."""
+    if kind == "base":
+        return ROOT / "playground" / "base"
+    folder = runs_dir / "soak-model"
+    if not folder.is_dir():
+        from playground.train.pipeline import build_pipeline
+
+        build_pipeline(size="tiny", seed=0).save_pretrained(folder)
+    return folder
+
+
 @click.command()
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True)
-@click.option("--fault-every", type=click.FloatRange(min=1), default=60.0, show_default=True, help="mean seconds")
-@click.option("--no-faults", is_flag=True, help="watch an undisturbed run")
+@click.option("--faults", type=click.IntRange(min=0), default=200, show_default=True)
+@click.option("--gap", type=click.FloatRange(min=0), default=20.0, show_default=True, help="most seconds between two")
+@click.option("--no-faults", is_flag=True, help="watch an undisturbed run for --minutes")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
+@click.option("--model", type=click.Choice(["miniature", "base"]), default="miniature", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--again", is_flag=True, help="start anew instead of going on with a soak that was ended")
+@click.option("--write-docs", "write_docs_too", is_flag=True, help="write the table into docs/reliability.md")
 @click.option("--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
-def command(minutes: float, fault_every: float, no_faults: bool, seed: int, runs_dir: Path) -> None:
+def command(
+    faults: int, gap: float, no_faults: bool, minutes: float, model: str, seed: int, again: bool, write_docs_too: bool,
+    runs_dir: Path,
+) -> None:  # fmt: skip
     """A long run with faults injected and its books checked throughout."""
-    faults = Faults(random.Random(seed), 0.0 if no_faults else fault_every)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            report = soak(make_config(Path(folder), runs_dir, minutes, seed), faults)
-        except BooksBroken as broken:
-            click.echo(f"broken after {dict(faults.done)}: {broken}", err=True)
-            sys.exit(1)
-    (runs_dir / "soak" / "soak.json").write_text(json.dumps(report, indent=1) + "\n")
-    _show(report)
-
-
-def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="soak: the books balanced at every look", show_header=False)
-    for name, value in report.items():
-        text = ", ".join(f"{key} {_brief(item)}" for key, item in value.items()) if isinstance(value, dict) else value
-        table.add_row(name.replace("_", " "), str(text or "none"))
-    Console().print(table)
-
-
-def _brief(item: Any) -> str:
-    return " -> ".join(f"{number:.0f}" for number in item) if isinstance(item, list) else str(item)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    path = runs_dir / ("soak-quiet.json" if no_faults else "soak.json")
+    if again:
+        path.unlink(missing_ok=True)
+    notes = Notes.load(path, seed)
+    soak = Soak(make_config(_model(model, runs_dir), runs_dir, seed), notes, path, gap)
+    try:
+        soak.watch_for(60 * minutes) if no_faults else soak.strike_until(faults)
+        click.echo(f"the run ended with exit code {soak.end()} (75: stopped and resumable)", err=True)
+    except BooksBroken as broken:
+        click.echo(f"broken after {len(notes.faults)} faults: {broken}", err=True)
+        sys.exit(1)
+    finally:
+        if soak.run is not None:
+            soak.run.end()
+    show(asdict(notes), soak.folder)
+    if write_docs_too:
+        write_docs(asdict(notes), soak.folder, ROOT / "docs" / "reliability.md", quiet=no_faults)
 
 
 def main(arguments: list[str]) -> None:

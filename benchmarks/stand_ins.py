@@ -19,6 +19,7 @@ from contracts.config.rollout import EvalSampling, PromptsConfig
 from contracts.declarations import PromptsGive
 from contracts.digests import digest_arrays
 from contracts.wire import GroupHeader, PromptSpec, PromptTask, StepReport, WeightOffer, WeightProof
+from learner.state_writer import NothingToWrite
 from learner.types import StepJob
 
 
@@ -124,8 +125,10 @@ class WaitingLearner:
         )
         return Published(offer, arrays, np.zeros(1, np.float32))
 
-    def save_state(self, folder: Path) -> None:
+    def begin_save(self, folder: str | Path) -> NothingToWrite:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "state.json").write_text("{}")
+        return NothingToWrite()
 
     def load_state(self, folder: Path) -> None:
         del folder

@@ -1,4 +1,4 @@
-"""The command line: train, validate, eval, methods, export.
+"""The command line: train, resume, validate, eval, methods, export; report, status, ledger (cli_show.py).
 
 Parses, and imports what a command needs only when it runs, so that --help answers at once. A SalonError becomes one
 message and its exit code (contracts.errors.ExitCode); `--debug` shows the traceback. Anything else is a bug and shows
@@ -45,7 +45,17 @@ class _Salon(click.Group):
             sys.exit(int(error.exit_code))
 
 
-@click.group(cls=_Salon, context_settings={"help_option_names": ["-h", "--help"]})
+EXIT_CODES = """\b
+Exit codes of train and resume:
+  0   finished
+  1   failed; the message says why, and the run can usually be resumed
+  2   the configuration cannot work, or the run cannot be resumed like this
+  3   a guard stopped the run; a checkpoint was written
+  75  stopped and resumable (SIGTERM, Ctrl-C): run `resume`
+"""
+
+
+@click.group(cls=_Salon, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.option("--debug", is_flag=True, help="Show tracebacks, and the workers' logs here.")
 def main(debug: bool) -> None:
     """Post-train a text-to-image diffusion transformer with reinforcement learning."""
@@ -71,6 +81,23 @@ def train(config: str, overrides: Sequence[str]) -> None:
     from cluster.driver import train as run
 
     sys.exit(int(run(loaded)))
+
+
+@main.command()
+@click.argument("run")
+@_overrides
+@click.option(
+    "--accept-new-prompts", is_flag=True, help="Go on although the prompt file is another than when the run began."
+)
+def resume(run: str, overrides: Sequence[str], accept_new_prompts: bool) -> None:
+    """Go on with RUN (a run folder, by path or fsspec URL) where it stopped or was killed; a.b=c overrides a key."""
+    from cluster.resume import resumed_config
+
+    config = resumed_config(run, overrides, accept_new_prompts=accept_new_prompts)
+    _refuse(_mismatches(config))
+    from cluster.driver import train as go_on
+
+    sys.exit(int(go_on(config, resume=True)))
 
 
 @main.command()

@@ -74,6 +74,11 @@ class RunContext:
     waiting_for_room: set[tuple[int, int]] = field(default_factory=set)  # (group id, attempt): painted, vault full
     room_wanted: bool = False  # the learner is to save a state now, which frees what it covers
     learner_waits: bool = False  # for groups to claim
+    trained_before: float = 0.0  # seconds of training before this process took the run over
+    before: dict[str, Any] | None = None  # the evaluation before training, as summary.json has it
+    score: float | None = None  # accuracy of the latest evaluation in mid-run, and the step it measured
+    scored_step: int | None = None
+    scorer_versions: dict[str, str] = field(default_factory=dict)  # as first seen in this run, or accepted since
 
     def vault(self, name: str | None) -> Any:
         """A vault's handle; a group that was painted always names one."""
@@ -88,10 +93,10 @@ class RunContext:
         self.bell.ring()
 
     def train_seconds(self) -> float:
-        """Seconds of training so far."""
+        """Seconds of training so far, also before a resume."""
         if self.train_started is None:
-            return 0.0
-        return time.monotonic() - self.train_started
+            return self.trained_before
+        return self.trained_before + time.monotonic() - self.train_started
 
     def reached_end(self) -> bool:
         """Whether a limit of `stop` is reached."""

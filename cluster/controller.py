@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +36,16 @@ from cluster.evaluate import (
     rollout_sampling,
     summarise,
 )
+from cluster.hang_watch import HangWatch
 from cluster.learner_group import LearnerGroup
 from cluster.learner_loop import LearnerLoop
 from cluster.ledger import Ledger
+from cluster.lock import LockLost, RunLock
 from cluster.observed import Finder, export_observed
-from cluster.refs import value
+from cluster.refs import all_or_none, root_cause, value
 from cluster.report.end import write_at_end
 from cluster.report.samples import keep_samples
+from cluster.resume import bring_back, evaluation_before, open_run
 from cluster.rollout_loop import ActorFleet, RolloutLoop
 from cluster.run_folder import RunFolder
 from cluster.scoring import Dispatcher
@@ -51,22 +55,23 @@ from cluster.summary import evaluation, summarise_run
 from cluster.telemetry import Telemetry, watchdog
 from cluster.telemetry.progress import seconds_left
 from cluster.telemetry.watchdog import Watchdog
+from cluster.upkeep import Upkeep
 from cluster.vault import Vault
 from cluster.weights import WeightStore
 from cluster.workers import ServerHost
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
 from contracts.config.scoring import ScorerConfig
-from contracts.errors import RankLost, SalonError
+from contracts.errors import GuardStop, RankLost, SalonError, VersionChanged
 from contracts.wire import DiscardReason
 
 log = logging.getLogger("salon.controller")
 
-OBSERVE_S = 5.0
-"""Seconds between rounds over what nobody reports unasked."""
+END_S = 30.0
+"""Time the loops have to end once the run has failed; whoever still waits then is cancelled."""
 
-MIRROR_S = 30.0
-"""Seconds between uploads of a run folder that lives at a URL."""
+VAULT_WAIT_S = 0.5
+"""Time a write waits for room within its vault: its actor asks again (workers.py), and other writes get their turn."""
 
 EVAL_ATTEMPTS = 5
 """Times a chunk of an evaluation is painted before the run gives up on it."""
@@ -83,8 +88,11 @@ class Parts:
 class Controller:
     """Owns the run. `run()` is called once; `status()` and `stop()` at any time beside it."""
 
-    def __init__(self, config: RunConfig, parts: Parts | None = None) -> None:
-        self.config, self.parts = config, parts or Parts()
+    def __init__(self, config: RunConfig, parts: Parts | None = None, resume: bool = False) -> None:
+        """resume: go on with the run folder as it was left instead of making a new one."""
+        self.config, self.parts, self.resume = config, parts or Parts(), resume
+        self.run_lock: RunLock | None = None
+        self.lock_keeper: asyncio.Task[None] | None = None
         self.phase = "starting"
         self.context: RunContext | None = None
         self.hosts: list[Any] = []
@@ -94,8 +102,6 @@ class Controller:
         self.phase_share = 0.0
         self.stop_requested = False
         self.began = time.monotonic()
-        self.last_step = 0
-        self.last_mirrored = self.last_observed = time.monotonic()
         self.watchdog: Any = None
         self.finder = Finder(config)
 
@@ -107,6 +113,9 @@ class Controller:
             await self._loops()
             await self._evaluate_after()
             return self._finish()
+        except BaseException as error:
+            self._summarise_failure(error)
+            raise
         finally:
             await self._tear_down()
 
@@ -120,7 +129,8 @@ class Controller:
 
     async def _set_up(self) -> None:
         config = self.config
-        folder = RunFolder.create(config)
+        opened = await asyncio.to_thread(open_run, config, self.resume)
+        folder, checkpoint, self.run_lock = opened.folder, opened.checkpoint, opened.lock
         ledger = Ledger(folder.ledger)
         telemetry = Telemetry(config, folder.root, source=group_source(config))
         vaults = self._create_vaults(folder)
@@ -129,18 +139,34 @@ class Controller:
         self.context = RunContext(
             config, folder, ledger, admission, WeightStore(config.weights.timeout_s), telemetry, source, vaults
         )
+        self.lock_keeper = asyncio.create_task(self._keep_lock(opened.lock))
+        opened.apply(self.context)
+        waiting = await bring_back(self.context, 0 if checkpoint is None else checkpoint.step) if self.resume else []
         scorers = await self._start_servers()
         self.fleet = ActorFleet(self.context, self.parts.painter)
         self.ranks = LearnerGroup(config, vaults, scorers, self.parts.learner)
         self.dispatcher = Dispatcher.remote(scorers, config.reward, vaults)
-        await asyncio.gather(self.fleet.start(), self.ranks.start(), value(self.dispatcher.ready.remote()))
+        state = None if checkpoint is None else checkpoint.path
+        await all_or_none(self.fleet.start(), self.ranks.start(state), value(self.dispatcher.ready.remote()))
+        self.hang_watch = asyncio.create_task(HangWatch(self.context, {**vaults, "dispatcher": self.dispatcher}).run())
         self.scoring = ScoringLoop(self.context, self.dispatcher)
         self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
-        self.learner = LearnerLoop(self.context, self.ranks, self.fleet)
+        self.learner = LearnerLoop(self.context, self.ranks, self.fleet, checkpoint)
         await self.learner.publish()
+        for group_id in waiting:
+            await self.scoring.submit(group_id, str(ledger.row(group_id).vault))
         await self.finder.find(self.context, self._handles(), scorers)
         telemetry.event("started", seconds=time.monotonic() - self.began, processes=self._processes())
         self.watchdog = self._start_watchdog(folder)
+
+    async def _keep_lock(self, lock: RunLock) -> None:
+        """Whoever loses the run's lock writes nothing more."""
+        try:
+            await lock.keep()
+        except LockLost as error:
+            assert self.context is not None
+            self.context.folder.url = None  # nor is anything mirrored any more
+            self.context.stop(error)
 
     def _start_watchdog(self, folder: RunFolder) -> Watchdog:
         """Dump every process's stack when no step ends in time; only training counts, so it is fed until then."""
@@ -157,7 +183,8 @@ class Controller:
         vault = self.config.vault
         return {
             f"vault-{index}": Vault.options(name=f"{self.config.name}-vault-{index}-{os.getpid()}").remote(
-                str(folder.vault(index)), vault.memory_mb * 2**20
+                str(folder.vault(index)), vault.memory_mb * 2**20,
+                None if vault.disk_mb is None else vault.disk_mb * 2**20, VAULT_WAIT_S,
             )
             for index in range(vault.count)
         }
@@ -186,7 +213,8 @@ class Controller:
             return
         self.phase, context.train_started = "training", time.monotonic()
         context.telemetry.training_begins()
-        watcher = asyncio.create_task(self._every_second())
+        upkeep = Upkeep(context, self.scoring.fruitless, self.watchdog, self._observe)
+        watcher = asyncio.create_task(upkeep.run())
         evaluator = asyncio.create_task(self._evaluate_during())
         try:
             await self._together(self.rollout.run(), self.learner.run())
@@ -196,10 +224,12 @@ class Controller:
             for task in (watcher, evaluator):
                 task.cancel()
             await asyncio.gather(watcher, evaluator, return_exceptions=True)
+        if context.failure is None or isinstance(context.failure, GuardStop | VersionChanged):
+            await self._save_last()
         if context.failure is not None:
             raise context.failure
-        await self._save_last()
-        context.ledger.discard_alive(DiscardReason.RUN_END)
+        if not self.stop_requested:
+            context.ledger.discard_alive(DiscardReason.RUN_END)
 
     async def _together(self, *loops: Any) -> None:
         """Run the loops until all end; the first failure stops the others and is raised."""
@@ -208,7 +238,9 @@ class Controller:
         failure = next((task.exception() for task in done if task.exception() is not None), None)
         assert self.context is not None
         self.context.stop(failure)
-        _, stuck = await asyncio.wait(tasks, timeout=self.config.rollout.lease_s)
+        lease_s = self.config.rollout.lease_s
+        grace_s = lease_s if self.context.failure is None else min(lease_s, END_S)
+        _, stuck = await asyncio.wait(tasks, timeout=grace_s)
         for task in stuck:
             task.cancel()
         if failure is not None:
@@ -218,39 +250,10 @@ class Controller:
         with contextlib.suppress(RankLost):
             await self.learner.save()
 
-    async def _every_second(self) -> None:
-        """Leases that ran out, gauges, and the mirror of the run folder."""
-        context = self.context
-        assert context is not None
-        while True:
-            await asyncio.sleep(1.0)
-            for group_id, state in context.ledger.expire_leases():
-                context.telemetry.count("salon_lease_expired_total", state=str(state))
-                context.telemetry.event("lease_expired", group=group_id, state=str(state))
-                context.bell.ring()
-            self._export_books(context)
-            self._feed_watchdog(context)
-            await self._mirror(context)
-            await self._observe(context)
-
-    def _export_books(self, context: RunContext) -> None:
-        books = context.ledger.books()
-        for state, number in books.groups.items():
-            context.telemetry.gauge("salon_groups", number, state=str(state))
-        context.telemetry.gauge("salon_queue_capacity_groups", context.admission.capacity)
-        context.telemetry.refresh_rates()
-
-    async def _mirror(self, context: RunContext) -> None:
-        """Bring a run folder that lives at a URL up to date, now and then."""
-        if context.folder.url is not None and time.monotonic() - self.last_mirrored > MIRROR_S:
-            await asyncio.to_thread(context.folder.sync)
-            self.last_mirrored = time.monotonic()
-
-    async def _observe(self, context: RunContext) -> None:
-        if time.monotonic() - self.last_observed > OBSERVE_S:
-            self.last_observed = time.monotonic()
-            found = await self.finder.find(context, self._handles(), self.ranks.scorers)
-            await export_observed(context, self.dispatcher, [*found, *self.server_processes])
+    async def _observe(self) -> None:
+        assert self.context is not None
+        found = await self.finder.find(self.context, self._handles(), self.ranks.scorers)
+        await export_observed(self.context, self.dispatcher, [*found, *self.server_processes])
 
     def _handles(self) -> dict[str, Any]:
         """Every actor of the run but this one, by the name of its process."""
@@ -266,17 +269,16 @@ class Controller:
         controller = {"name": "controller", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
         return [controller, *self.fleet.processes.values(), *self.ranks.processes, *self.server_processes]
 
-    def _feed_watchdog(self, context: RunContext) -> None:
-        if context.step != self.last_step:
-            self.last_step = context.step
-            self.watchdog.beat()
-
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     async def _evaluate_before(self) -> None:
-        if self.config.eval.before and not self.stop_requested:
+        assert self.context is not None
+        self.before = evaluation_before(self.context)
+        untrained = self.before is None and self.context.step == 0
+        if untrained and self.config.eval.before and not self.stop_requested:
             self.phase = "evaluating before"
             self.before = await self._evaluate(base_sampling(self.config), self.config.eval.num_prompts, "before")
+            self.context.before = evaluation(self.before)
 
     async def _evaluate_after(self) -> None:
         if self.stop_requested:
@@ -289,7 +291,7 @@ class Controller:
         every = self.config.eval.every_steps
         context = self.context
         assert context is not None
-        done = 0
+        done = 0 if every is None else context.step // every
         while every is not None:
             due = (done + 1) * every
 
@@ -301,9 +303,11 @@ class Controller:
                 return
             done = context.step // every
             try:
-                await self._evaluate(
-                    rollout_sampling(self.config), self.config.eval.during_prompts, f"step {context.step}"
+                measured = context.step
+                result = await self._evaluate(
+                    rollout_sampling(self.config), self.config.eval.during_prompts, f"step {measured}"
                 )
+                context.score, context.scored_step = result.accuracy, measured
             except (SalonError, ray.exceptions.RayError) as error:
                 context.telemetry.event("evaluation_failed", step=context.step, error=str(error))
 
@@ -320,9 +324,7 @@ class Controller:
         self.phase_share = 0.0
 
         async def one(chunk: EvalPlan) -> tuple[Any, Any]:
-            images = await self._paint_chunk(chunk, free)
-            scorers = [scorer.name for scorer in self.config.scorers]
-            tables = await self.dispatcher.score_images.remote(images, chunk.prompts, scorers)
+            images, tables = await self._paint_and_score(chunk, free)
             finished.append(len(chunk.prompts))
             self.phase_share = sum(finished) / len(plan.prompts)
             return images, tables
@@ -335,6 +337,21 @@ class Controller:
         context.telemetry.gauge("salon_eval_score", result.accuracy, split=self.config.eval.split)
         context.telemetry.event("evaluation", tag=tag, step=context.step, result=evaluation(result))
         return result
+
+    async def _paint_and_score(self, chunk: EvalPlan, free: asyncio.Queue[str]) -> tuple[Any, Any]:
+        """Reference of a chunk's images and their tables; once more when images or dispatcher are lost meanwhile."""
+        scorers = [scorer.name for scorer in self.config.scorers]
+        limit_s = max(self.config.reward.lease_s, *(2 * scorer.deadline_s for scorer in self.config.scorers))
+        for _ in range(EVAL_ATTEMPTS):
+            images = await self._paint_chunk(chunk, free)
+            try:
+                tables = self.dispatcher.score_images.remote(images, chunk.prompts, scorers)
+                return images, await asyncio.wait_for(value(tables), limit_s)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                assert self.context is not None
+                self.context.telemetry.event("scoring_lost", evaluation=True, error=f"{type(error).__name__}"[:300])
+                await self.scoring.dispatcher_is_back()
+        raise SalonError(f"an evaluation could not be scored in {EVAL_ATTEMPTS} attempts")
 
     async def _paint_chunk(self, chunk: EvalPlan, free: asyncio.Queue[str]) -> Any:
         """Reference of a chunk's images, painted by the next free actor; another try when one is lost."""
@@ -362,7 +379,21 @@ class Controller:
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
+    def _summarise_failure(self, error: BaseException) -> None:
+        """summary.json of a run that ends with an error: what the ledger has so far. Never in that error's way."""
+        if self.context is None or isinstance(error, asyncio.CancelledError | LockLost):
+            return
+        try:
+            cause = root_cause(error)
+            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
+            self._summarise(f"failed: {type(cause).__name__}: {reason}")
+        except Exception:
+            log.exception("summary.json could not be written")
+
     def _finish(self) -> dict[str, Any]:
+        return self._summarise("stopped" if self.stop_requested else "finished")
+
+    def _summarise(self, outcome: str) -> dict[str, Any]:
         context = self.context
         assert context is not None
         self.phase = "finished"
@@ -372,24 +403,36 @@ class Controller:
             steps=context.step, groups_trained=books.groups_trained,
             train_seconds=getattr(self, "train_seconds", 0.0), total_seconds=time.monotonic() - self.began,
             claim_order=self.config.pipeline.claim_order, before=self.before, after=self.after,
-            rebuilds=self.learner.rebuilds, actor_restarts=self.fleet.restarts, version=context.store.version,
-            outcome="stopped" if self.stop_requested else "finished",
+            rebuilds=getattr(getattr(self, "learner", None), "rebuilds", 0),
+            actor_restarts=getattr(getattr(self, "fleet", None), "restarts", 0),
+            version=context.store.version, outcome=outcome,
         )  # fmt: skip
         context.folder.write_json("summary.json", summary)
-        context.telemetry.event("finished", summary=summary)
+        context.telemetry.event("failed" if outcome.startswith("failed") else "finished", summary=summary)
         return summary
 
     async def _tear_down(self) -> None:
-        for host in self.hosts:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(value(host.stop.remote()), 20)
+        if self.lock_keeper is not None:
+            self.lock_keeper.cancel()
+        try:
+            await self._end_all()
+        finally:
+            if self.run_lock is not None:
+                self.run_lock.release()
+
+    async def _end_all(self) -> None:
+        stopped = [asyncio.wait_for(value(host.stop.remote()), 20) for host in self.hosts]
+        await asyncio.gather(*stopped, return_exceptions=True)
         if self.context is None:
             return
-        for task in self.fleet.background() if hasattr(self, "fleet") else ():
+        background = self.fleet.background() if hasattr(self, "fleet") else []
+        for task in [*background, *([self.hang_watch] if hasattr(self, "hang_watch") else [])]:
             task.cancel()
         with contextlib.suppress(Exception):
             self.ranks.stop()
-        for handle in self.fleet.handles.values() if hasattr(self, "fleet") else ():
+        actors = self.fleet.handles.values() if hasattr(self, "fleet") else ()
+        dispatcher = [self.dispatcher] if hasattr(self, "dispatcher") else []
+        for handle in [*actors, *dispatcher, *self.hosts, *self.context.vaults.values()]:
             ray.kill(handle)
         if self.watchdog is not None:
             self.watchdog.stop()
@@ -409,6 +452,9 @@ class Controller:
         return {
             **context.telemetry.status(),
             "phase": self.phase,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "has_folder": True,
             "step": context.step,
             "total_steps": self.config.stop.steps,
             "held_out": self.latest_eval,

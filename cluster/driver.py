@@ -1,6 +1,7 @@
 """The driver: validates, starts or joins Ray, starts the controller, shows progress, ends what it started.
 
-It never holds a batch. Ctrl-C or SIGTERM ask the controller to stop at the next boundary; a second one ends at once.
+It never holds a batch. A controller that dies or hangs is replaced by one that resumes the run. Ctrl-C or SIGTERM ask
+the controller to stop at the next boundary; a second one ends at once.
 Does not own: the run (controller.py), the display's look (telemetry/progress.py).
 """
 
@@ -10,26 +11,41 @@ import io
 import os
 import secrets
 import signal
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.telemetry.progress import ProgressDisplay
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors, ExitCode, SalonError
 
+if TYPE_CHECKING:
+    from cluster.controller import Parts
 
-def train(config: RunConfig, show: bool = True) -> ExitCode:
-    """Run `config` to its end. Raises SalonError with one clear message when it cannot."""
+
+START_S = 600.0
+"""Shortest time a controller has to answer for the first time: its process starts, and may wait for a machine."""
+
+
+def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Parts | None = None) -> ExitCode:
+    """Run `config` to its end. Raises SalonError with one clear message when it cannot.
+
+    resume: go on with its run folder; parts: other classes for those that hold a model (tests, benchmarks).
+    """
+    from cluster.lock import refuse_if_running
     from cluster.validate import check, check_cluster
 
-    _refuse(check(config))
+    if parts is None:
+        _refuse(check(config))
+    refuse_if_running(location(config))
     started_here = start_ray(config)
     import ray
 
     try:
         _refuse(check_cluster(config, ray.cluster_resources()))
-        return _follow(config, show)
+        return _follow(config, show, resume, parts)
     finally:
         if started_here:
             ray.shutdown()
@@ -105,23 +121,78 @@ def _ensure_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _follow(config: RunConfig, show: bool) -> ExitCode:
-    """Start the controller and show its progress until it ends."""
+def location(config: RunConfig) -> str:
+    """Where the run folder is: an absolute path, or a URL."""
+    if "://" in config.runs_dir:
+        return f"{config.runs_dir.rstrip('/')}/{config.name}"
+    return str(Path(config.runs_dir).expanduser().absolute() / config.name)
+
+
+def _follow(config: RunConfig, show: bool, resume: bool, parts: Parts | None) -> ExitCode:
+    """Show the run's progress until it ends; a controller that is lost is replaced by one that resumes the run."""
+    replaced = 0
+    with _Interrupts() as interrupts, _display(config, show) as display:
+        while True:
+            try:
+                summary = _one_controller(config, resume, parts, interrupts, display)
+                break
+            except _ControllerLost as lost:
+                if not lost.had_begun or interrupts.received or replaced >= config.cluster.controller_restarts:
+                    raise SalonError(
+                        f"{lost}; resume the run with `python -m cluster resume {location(config)}`"
+                    ) from lost
+                replaced, resume = replaced + 1, True
+    if show:
+        print_summary(config, summary)
+    return ExitCode.FINISHED if summary["outcome"] == "finished" else ExitCode.STOPPED_RESUMABLE
+
+
+class _ControllerLost(Exception):
+    """The controller died or hung. had_begun: its run folder exists, so another one can resume it."""
+
+    def __init__(self, why: str, had_begun: bool) -> None:
+        super().__init__(why)
+        self.had_begun = had_begun
+
+
+def _one_controller(
+    config: RunConfig, resume: bool, parts: Parts | None, interrupts: _Interrupts, display: ProgressDisplay
+) -> dict[str, Any]:
+    """The summary, from one controller's whole life. Raises _ControllerLost."""
     import ray
 
     from cluster.controller import ControllerActor
 
-    controller = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)}).remote(config)
+    options = {"runtime_env": {"env_vars": worker_environment(config)}}
+    controller = ControllerActor.options(**options).remote(config, parts, resume)
+    interrupts.begin(controller)
     result = controller.run.remote()
-    interrupts = _Interrupts(controller)
-    with interrupts, _display(config, show) as display:
-        while not ray.wait([result], timeout=0.5)[0]:
-            interrupts.act()
-            display.update(_status(controller))
-    summary = _result(result)
-    if show:
-        print_summary(config, summary)
-    return ExitCode.FINISHED if summary["outcome"] == "finished" else ExitCode.STOPPED_RESUMABLE
+    answered, limit, status = time.monotonic(), max(START_S, config.cluster.controller_hang_s), {}
+    while not ray.wait([result], timeout=0.5)[0]:
+        interrupts.act()
+        found = _status(controller)
+        if found:
+            answered, limit, status = time.monotonic(), config.cluster.controller_hang_s, found
+            display.update(found)
+        elif time.monotonic() - answered > limit:
+            _kill(controller, status)
+            had_begun = resume or status.get("has_folder", False)
+            raise _ControllerLost(f"the controller did not answer for {limit:g} s", had_begun)
+    try:
+        return _result(result)
+    except ray.exceptions.RayActorError as error:
+        _kill(controller, status)  # unless it only could not be reached
+        raise _ControllerLost(f"the controller died: {error}", resume or status.get("has_folder", False)) from error
+
+
+def _kill(controller: Any, status: dict[str, Any]) -> None:
+    """End a controller, a stopped (SIGSTOP) one too, where it is on this machine."""
+    import ray
+
+    ray.kill(controller, no_restart=True)
+    if status.get("host") == socket.gethostname():
+        with suppress(ProcessLookupError):
+            os.kill(int(status["pid"]), signal.SIGKILL)
 
 
 def _display(config: RunConfig, show: bool) -> ProgressDisplay:
@@ -149,15 +220,14 @@ def _result(reference: Any) -> dict[str, Any]:
         if isinstance(cause, SalonError):
             raise cause from None
         raise
-    except ray.exceptions.RayActorError as error:
-        raise SalonError(f"the controller died: {error}") from error
 
 
 class _Interrupts:
     """Turns SIGINT and SIGTERM into one polite stop; the second signal acts as usual."""
 
-    def __init__(self, controller: Any) -> None:
-        self.controller, self.received, self.told = controller, 0, False
+    def __init__(self) -> None:
+        self.controller: Any = None
+        self.received, self.told = 0, False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupts:
@@ -173,6 +243,10 @@ class _Interrupts:
         self.received += 1
         if self.received > 1:
             raise KeyboardInterrupt
+
+    def begin(self, controller: Any) -> None:
+        """Whom to tell from now on."""
+        self.controller, self.told = controller, False
 
     def act(self) -> None:
         if self.received and not self.told:

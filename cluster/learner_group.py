@@ -26,6 +26,7 @@ from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
 from contracts.errors import LearnerError, NotStored, RankLost, WeightsError
 from contracts.wire import StepReport, WeightOffer
+from learner.state_writer import FileDigests
 from learner.types import StepJob
 
 START_TIMEOUT_S = 600.0
@@ -141,9 +142,15 @@ class LearnerGroup:
         await self._gather([number], self.config.learner.hang_timeout_s)
         return arrays
 
-    async def save_state(self, folder: Path) -> None:
-        """Write the canonical state; every rank takes part, rank 0 writes."""
-        await self._call_all("save_state", str(folder))
+    async def begin_save(self, folder: Path) -> None:
+        """Hand the canonical state to rank 0's writer; every rank takes part. Training may go on at once."""
+        await self._call_all("begin_save", str(folder))
+
+    async def finish_save(self, step: int) -> FileDigests:
+        """Wait until rank 0 has written it (and uploaded it, as checkpoint `step`, where the run lives at a URL)."""
+        limit = max(START_TIMEOUT_S, self.config.learner.hang_timeout_s)
+        found: FileDigests = (await self._gather([self.ranks[0].finish_save.remote(step)], limit))[0]
+        return found
 
     async def _call_all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         refs = [getattr(rank, method).remote(*args) for rank in self.ranks]

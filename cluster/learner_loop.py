@@ -1,8 +1,8 @@
-"""Claims full batches, has them trained, publishes weights, saves states; rebuilds the ranks when one is lost.
+"""Claims full batches, has them trained, publishes weights; rebuilds the ranks from a checkpoint when one is lost.
 
 Invariant: a group is `trained` only after the update that used it has returned, and leaves the run (its bytes are
-deleted) only when a saved state covers that update; a roll-back makes the groups after the state ready again.
-Does not own: the update (learner/), the job (step.py), the books (ledger.py).
+deleted) only when a checkpoint covers that update; a roll-back makes the groups after the checkpoint ready again.
+Does not own: the update (learner/), the job (step.py), the books (ledger.py), checkpoints (checkpoints/).
 """
 
 from __future__ import annotations
@@ -10,29 +10,33 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from cluster.checkpoints import Checkpoint, CheckpointKeeper
 from cluster.context import RunContext, Scored
 from cluster.learner_group import LearnerGroup, Publication
+from cluster.refs import root_cause, value
 from cluster.rollout_loop import ActorFleet
 from cluster.step import batch_rewards, draft_job, group_rewards, make_credit, make_job, reward_metrics
-from contracts.errors import RankLost
+from contracts.errors import NotStored, OutOfMemory, RankLost
 from contracts.needs import objective_needs
-from contracts.wire import DiscardReason, StepReport
+from contracts.wire import DiscardReason, Source, StepReport
 
 
 class LearnerLoop:
     """The learner's side of a run."""
 
-    def __init__(self, context: RunContext, group: LearnerGroup, fleet: ActorFleet) -> None:
+    def __init__(
+        self, context: RunContext, group: LearnerGroup, fleet: ActorFleet, checkpoint: Checkpoint | None = None
+    ) -> None:
+        """checkpoint: what the ranks were started from; None: the model folder's own weights, those of step 0."""
         self.context, self.group, self.fleet = context, group, fleet
         self.credit = make_credit(context.config)
         self.needs = objective_needs(context.config)
         self.rebuilds = 0
-        self.state: Path | None = None  # None: the model folder's own weights, which are those of step 0
-        self.state_step = 0
-        self.credit_state = copy.deepcopy(self.credit.state_dict())
+        self.first_credit = copy.deepcopy(self.credit.state_dict())
+        self.keeper = CheckpointKeeper(context, group, lambda: copy.deepcopy(self.credit.state_dict()), checkpoint)
+        self._restore_credit()
         self.max_staleness = 0
         self.copy_processes: list[dict[str, Any]] = []
 
@@ -66,15 +70,17 @@ class LearnerLoop:
             telemetry.event("host_copies", processes=self.copy_processes)
 
     async def run(self) -> None:
-        """Until the run is stopped, or a limit is reached and a state covers every step."""
+        """Until the run is stopped, or a limit is reached and a checkpoint covers every step."""
         while not self.context.stopping:
             try:
                 if self.context.reached_end():
                     await self.save()
                     break
+                if self.context.room_wanted:
+                    await self._make_room()
                 claimed = await self._claim()
                 if claimed:
-                    await self._train(claimed)
+                    await self._train_or_paint_again(claimed)
             except RankLost as error:
                 await self._rebuild(error)
         self.context.stop()
@@ -85,7 +91,7 @@ class LearnerLoop:
         claimed: list[int] = []
 
         def try_claim() -> bool:
-            if context.stopping or context.reached_end():
+            if context.stopping or context.reached_end() or context.room_wanted:
                 return True
             self._discard_late()
             pipeline, rollout = context.config.pipeline, context.config.rollout
@@ -94,7 +100,9 @@ class LearnerLoop:
             claimed.extend(ids or [])
             return bool(ids)
 
+        context.learner_waits = True
         await context.bell.wait_until(try_claim)
+        context.learner_waits = False
         context.telemetry.phase("learner", "wait_for_groups", time.monotonic() - start, lane="learner")
         return claimed
 
@@ -102,6 +110,36 @@ class LearnerLoop:
         for group_id, size in self.context.ledger.discard_late(self.context.config.pipeline.late_s):
             self.context.telemetry.count("salon_images_discarded_total", size, reason=DiscardReason.LATE.value)
             self.context.forget([group_id])
+
+    async def _make_room(self) -> None:
+        """A vault is full: have a checkpoint cover every step so far, and let go of what nothing needs any more."""
+        await self.save()
+        self.keeper.let_go(self.keeper.step)
+        self.context.room_wanted = False
+
+    async def _train_or_paint_again(self, claimed: list[int]) -> None:
+        """Train the claim; where a vault has lost groups of it, those are painted again and the others wait."""
+        try:
+            await self._train(claimed)
+        except NotStored as error:
+            self.context.ledger.release_claim()
+            lost = [group_id for group_id in claimed if not await self._is_stored(group_id)]
+            if not lost:
+                raise  # there is more to it
+            for group_id in lost:
+                self.context.lost(group_id, str(root_cause(error)))
+
+    async def _is_stored(self, group_id: int) -> bool:
+        """Whether the vaults hold a group's bytes and its prompt's embeddings."""
+        context, row = self.context, self.context.ledger.row(group_id)
+        if (group_id, row.paint_attempt) not in await value(context.vault(row.vault).stored.remote()):
+            return False
+        scored = context.groups.get(group_id)
+        if scored is None or scored.header.source is Source.LEARNER:
+            return True
+        digests = [scored.header.prompt_digest, scored.header.negative_digest]
+        read_by_ranks = next(iter(context.vaults.values()))
+        return all([await value(read_by_ranks.holds_embedding.remote(digest)) for digest in digests if digest])
 
     async def _train(self, claimed: list[int]) -> None:
         context, start = self.context, time.monotonic()
@@ -116,6 +154,7 @@ class LearnerLoop:
         aggregated = batch_rewards(number, headers, tables, context.config, self.credit)
         job = make_job(number, version, headers, aggregated.rewards, context.config, self.credit, values)
         report = await self.group.update(job)
+        self._count_own_paintings(claimed)
         staleness = context.ledger.trained(claimed, number, version)
         self.max_staleness = max(self.max_staleness, *staleness)
         context.step = number
@@ -125,9 +164,16 @@ class LearnerLoop:
         context.telemetry.spans(report.spans, step=number)
         await self.publish(wait=False)
         self._report(report, {**aggregated.metrics, **job.credit.metrics, **report.metrics}, groups, staleness, seconds)
-        if number % context.config.checkpoint.every_steps == 0:
-            await self.save()
+        if self.keeper.due():
+            await self.keeper.begin()
         context.bell.ring()
+
+    def _count_own_paintings(self, claimed: list[int]) -> None:
+        """Groups that the update itself has painted, as the ledger counts them: once, also after a roll-back."""
+        rows = [self.context.ledger.row(group_id) for group_id in claimed]
+        images = sum(row.group_size for row in rows if row.source is Source.LEARNER and not row.painted)
+        if images:
+            self.context.telemetry.count("salon_images_painted_total", images)
 
     async def _read_back(self, claimed: list[int]) -> None:
         """Headers, tables and rewards of groups that memory lost (after a roll-back)."""
@@ -152,8 +198,8 @@ class LearnerLoop:
         telemetry = context.telemetry
         images = sum(scored.header.group_size for scored in groups.values())
         telemetry.count("salon_images_trained_total", images)
-        for value in staleness:
-            telemetry.observe("salon_staleness_steps", value)
+        for steps in staleness:
+            telemetry.observe("salon_staleness_steps", steps)
         rewards = reward_metrics({group_id: scored.tables for group_id, scored in groups.items()})
         telemetry.step(
             step=context.step, images=images, seconds=seconds, staleness=staleness, rewards=rewards,
@@ -161,30 +207,16 @@ class LearnerLoop:
         )  # fmt: skip
 
     async def save(self) -> None:
-        """Write a state that covers every step so far (if none does), then let go of the bytes it makes superfluous."""
-        context, start = self.context, time.monotonic()
-        if self.state is not None and self.state_step == context.step:
-            return
-        folder = context.folder.checkpoints / f"step-{context.step:06d}"
-        await self.group.save_state(folder)
-        older, self.state, self.state_step = self.state, folder, context.step
-        self.credit_state = copy.deepcopy(self.credit.state_dict())
-        covered = context.ledger.covered(context.step)
-        by_vault: dict[str, list[int]] = {}
-        for group_id in covered:
-            vault = context.ledger.row(group_id).vault
-            assert vault is not None, f"group {group_id} is stored nowhere"
-            by_vault.setdefault(vault, []).append(group_id)
-        for name, ids in by_vault.items():
-            await context.vault(name).delete.remote(ids)
-        context.forget(covered)
-        context.folder.remove_checkpoint(older)
-        seconds = time.monotonic() - start
-        context.telemetry.observe("salon_checkpoint_seconds", seconds)
-        context.telemetry.phase("learner", "save_state", seconds, lane="learner")
+        """Wait for a checkpoint of the step the run is at. Raises RankLost, StorageError."""
+        await self.keeper.write_now()
+
+    def _restore_credit(self) -> None:
+        newest = self.keeper.newest
+        state = self.first_credit if newest is None else newest.run_state().credit
+        self.credit.load_state_dict(copy.deepcopy(state))
 
     async def _rebuild(self, lost: RankLost) -> None:
-        """Bring the learner back to its last state; once more when a rank is lost meanwhile.
+        """Bring the learner back to its last checkpoint; once more when a rank is lost meanwhile.
 
         Raises RankLost when learner.max_rebuilds are used up.
         """
@@ -204,19 +236,22 @@ class LearnerLoop:
             ) from lost
         self.rebuilds += 1
         kind = "hang" if "did not answer" in str(lost) else "death"
+        if isinstance(lost, OutOfMemory):
+            kind, self.group.halved = "out_of_memory", True
         telemetry.count("salon_learner_rebuilds_total", reason=kind)
         telemetry.event(
-            "learner_rebuild", kind=kind, reason=str(lost), step=self.context.step, to_step=self.state_step,
+            "learner_rebuild", kind=kind, reason=str(lost), step=self.context.step, to_step=self.keeper.step,
             number=self.rebuilds,
         )  # fmt: skip
 
     async def _start_again(self) -> None:
-        """Replace every rank, go back to the last state, and put the groups trained since back to ready."""
+        """Replace every rank, go back to the last checkpoint, and put the groups trained since back to ready."""
         context, start = self.context, time.monotonic()
-        await self.group.rebuild(self.state)
-        self.credit.load_state_dict(copy.deepcopy(self.credit_state))
-        again = context.ledger.rollback(self.state_step)
-        context.step = self.state_step
+        self.keeper.drop()
+        await self.group.rebuild(None if self.keeper.newest is None else self.keeper.newest.path)
+        self._restore_credit()
+        again = context.ledger.rollback(self.keeper.step)
+        context.step = self.keeper.step
         context.telemetry.event(
             "learner_rebuilt", seconds=time.monotonic() - start, step=context.step, rolled_back=again,
             processes=self.group.processes,

@@ -9,6 +9,7 @@ Does not own: the admission rule (admission.py), painting (actors/), scoring (sc
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -151,13 +152,18 @@ class RolloutLoop:
         self.free_since = dict.fromkeys(fleet.names, time.monotonic())
 
     async def run(self) -> None:
-        """Until the run stops and every task handed out has ended."""
+        """Until the run stops and every task handed out has ended, or has had its time to: a stopped run is resumable,
+        so what is still being painted then is painted again."""
         self.free_since = dict.fromkeys(self.fleet.names, time.monotonic())
         await self.context.bell.wait_until(self._hand_out)
-        while self.tasks:
+        grace_s = math.inf if self.context.reached_end() else self.context.config.checkpoint.stop_grace_s
+        ends = time.monotonic() + grace_s
+        while self.tasks and time.monotonic() < ends:
             await asyncio.wait(self.tasks, timeout=1.0)
             for task in [task for task, painting in self.tasks.items() if painting in self.context.waiting_for_room]:
                 task.cancel()  # nobody makes room any more
+        for task in self.tasks:
+            task.cancel()
 
     def _hand_out(self) -> bool:
         """Lease every group that may be painted now to an actor that can take it. True once the run stops."""

@@ -8,7 +8,8 @@
       summary.json     what came of it                 report.html
 
 `runs_dir` is a local (or shared) path or any fsspec URL. SQLite and append-only files need a real file system, so with
-a URL the run works in a local folder and `sync()` mirrors it; vaults' bytes and lock files stay local.
+a URL the run works in a local folder and `sync()` mirrors it; vaults' bytes and lock files stay local, checkpoints have
+their own way there.
 
 Invariants: a file written through this class is whole or absent (written beside it, then renamed); an existing run is
 never overwritten unless `exist: replace` says so, and nothing that is not a run folder is ever deleted.
@@ -41,7 +42,7 @@ from contracts.errors import ConfigError
 
 LEDGER = "ledger.sqlite"
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "safetensors")
-_LOCAL_ONLY = ("vaults", "stacks")
+_LOCAL_ONLY = ("vaults", "stacks", "checkpoints")  # checkpoints are uploaded whole (checkpoints/remote.py)
 _LOCAL_SUFFIXES = (".tmp", ".lock", "-wal", "-shm", "-journal")
 
 

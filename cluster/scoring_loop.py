@@ -18,7 +18,7 @@ from cluster.context import RunContext
 from cluster.fruitless import Fruitless
 from cluster.refs import root_cause, value
 from cluster.step import discard_reason, group_rewards, unscored_tables
-from contracts.errors import NotStored, ScoringError, StaleLease
+from contracts.errors import NotStored, ScoringError, StaleLease, VersionChanged
 from contracts.scores import Outcome, ScoreTable
 from contracts.wire import DiscardReason, GroupState, Source, Span
 
@@ -58,7 +58,8 @@ class ScoringLoop:
                 if await self._lost(group_id, vault, attempt, error):
                     return
                 continue
-            self._book(group_id, attempt, tables, spans)
+            if self._versions_accepted(tables):
+                self._book(group_id, attempt, tables, spans)
             return
 
     async def _lost(self, group_id: int, vault: str, attempt: int, error: Exception) -> bool:
@@ -87,6 +88,30 @@ class ScoringLoop:
                 return
             except (RayError, TimeoutError):
                 await asyncio.sleep(0.5)
+
+    def _versions_accepted(self, tables: Mapping[str, ScoreTable]) -> bool:
+        """Record the version each scorer answers with; False when one changed and the run is to stop for it.
+
+        The group's lease is then taken back at the resume, and it is scored again.
+        """
+        known, context = self.context.scorer_versions, self.context
+        found = {name: table.version for name, table in tables.items() if table.version and table.valid().any()}
+        changed = {name: version for name, version in found.items() if known.get(name, version) != version}
+        for name, version in changed.items():
+            context.telemetry.event("scorer_version_changed", scorer=name, before=known[name], now=version)
+        if changed and context.config.reward.on_version_change == "stop":
+            told = ", ".join(f"{name} from {known[name]} to {version}" for name, version in changed.items())
+            context.stop(
+                VersionChanged(
+                    f"a scorer's version changed within the run: {told}. Bring the old version back and resume, or "
+                    "resume with reward.on_version_change=continue"
+                )
+            )
+            return False
+        if changed or not found.keys() <= known.keys():
+            known.update(found)
+            context.folder.update_manifest(scorer_versions=known)
+        return True
 
     async def _tables(self, group_id: int, vault: str) -> tuple[dict[str, ScoreTable], dict[str, Span]]:
         header = self.context.groups[group_id].header

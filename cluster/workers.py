@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster.checkpoints.remote import RemoteCheckpoints, learner_files_here, url_of
 from cluster.host_copies import Sender, describe
 from cluster.step import unpainted_group
 from contracts import registry
@@ -27,6 +28,7 @@ from contracts.digests import digest_images
 from contracts.errors import VaultFull, WeightsTimeout
 from contracts.spans import SpanLog, wall_clock
 from contracts.wire import PaintReceipt, PromptSpec, PromptTask, Source, StepReport, WeightOffer, WeightProof
+from learner.state_writer import FileDigests, PendingSave
 from learner.types import StepJob
 
 
@@ -188,7 +190,7 @@ class ActorWorker:
         return ray.get(self.vaults[vault].put.remote(header, group.arrays)), vault
 
 
-@ray.remote(max_restarts=0, max_concurrency=2)
+@ray.remote(max_restarts=0, max_concurrency=3)  # a step, a state that is being written, a broadcast
 class RankWorker:
     """A learner rank. Never restarted alone: when one dies or hangs, all are rebuilt (controller.py)."""
 
@@ -209,6 +211,7 @@ class RankWorker:
         self.learner: Any = None
         self.kept: dict[str, np.ndarray] = {}
         self.sender: Sender | None = None
+        self.saving: tuple[Path, PendingSave] | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this rank's node, for rank 0."""
@@ -235,7 +238,7 @@ class RankWorker:
         limit_threads(self.config.learner.threads)
         self.learner = learner_class(self.config, self.rank, world, score_gradient=self._score_gradient())
         if state is not None:
-            self.learner.load_state(Path(state))
+            self.learner.load_state(learner_files_here(Path(state), self.config))
         if halved:
             self.learner.halve_micro_batches()
         return {"name": f"learner-{self.rank}", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
@@ -282,8 +285,19 @@ class RankWorker:
         """(number, arrays) of the last snapshot, by the object store after all. Called with num_returns=2."""
         return len(self.kept), self.kept
 
-    def save_state(self, folder: str) -> None:
-        self.learner.save_state(Path(folder))
+    def begin_save(self, folder: str) -> None:
+        """Hand the state to the writer of a new folder on this machine; collective, rank 0 writes."""
+        self.saving = (Path(folder), self.learner.begin_save(folder))
+
+    def finish_save(self, step: int) -> FileDigests:
+        """Wait for the writer; upload what it wrote where the run lives at a URL. On rank 0, beside training."""
+        assert self.saving is not None, "finish_save before begin_save"
+        (folder, pending), self.saving = self.saving, None
+        digests: FileDigests = pending.finish()
+        url = url_of(self.config)
+        if url is not None:
+            RemoteCheckpoints(url).put(folder, step, digests)
+        return digests
 
     def _fetch(self, group_id: int, names: tuple[str, ...], samples: slice) -> Mapping[str, np.ndarray]:
         vault = self.vaults[vault_name(group_id, len(self.vaults))]
@@ -309,9 +323,13 @@ class RankWorker:
         return score
 
 
+PROBE_S = 2.0
+"""Between two questions to a reward server whether it still answers."""
+
+
 @ray.remote(max_restarts=-1, max_concurrency=4)
 class ServerHost:
-    """Runs one reward server as a process of its own on this node, and starts it again when it dies."""
+    """Runs one reward server as a process of its own on this node, and starts it again when it dies or hangs."""
 
     def __init__(self, scorer: ScorerConfig) -> None:
         from cluster.processes import prepare_process
@@ -356,10 +374,29 @@ class ServerHost:
         self.process, self.port = process, int(url.rsplit(":", 1)[1])  # the same address after a restart
 
     def _watch(self) -> None:
+        answered = time.monotonic()
         while not self.stopping.wait(0.5):
             if self.process.alive():
-                continue
+                if time.monotonic() - answered < PROBE_S:
+                    continue
+                if self._answers():
+                    answered = time.monotonic()
+                    continue
+                if time.monotonic() - answered < self.scorer.timeout_s:
+                    continue
             with self.lock:
                 if not self.stopping.is_set():
                     self.restarts += 1
+                    self.process.stop(grace_s=0.0)  # one that hangs holds the port
                     self._launch()
+            answered = time.monotonic()
+
+    def _answers(self) -> bool:
+        """Whether the server's event loop answers; its scorer may be busy for as long as it likes."""
+        import urllib.request
+
+        try:
+            with urllib.request.urlopen(f"{self.process.url}/livez", timeout=self.scorer.timeout_s) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False

@@ -6,10 +6,13 @@ SalonError
 ├── PayloadError        bytes that break the wire format or a limit
 ├── LedgerError         a transition that the life of a group does not allow
 │   └── StaleLease      the result of an expired or superseded attempt
+├── StorageError        the run folder cannot be written any more (full, read-only); the run can be resumed
+├── GuardStop           a guard ended the run; a checkpoint was written
 ├── VaultError          a vault that cannot do what was asked
 │   ├── VaultFull       storing would exceed the vault's bound: wait until a state frees groups (back-pressure)
 │   └── NotStored       bytes that the vault does not hold
 ├── ScoringError        a reward server that cannot be used at all (a failed *score* is an outcome, not an error)
+├── VersionChanged      a scorer's version changed within the run, which is to stop then
 ├── WeightsError
 │   ├── WeightsNotProven   an actor's live tensors differ from the published version
 │   └── WeightsTimeout     weights did not reach a node in time
@@ -87,6 +90,22 @@ class LedgerError(SalonError):
 
 class StaleLease(LedgerError):
     """A result whose fencing token has expired or was superseded; it must be dropped, it is already accounted for."""
+
+
+class StorageError(SalonError):
+    """The run folder cannot be written any more. What was acknowledged is safe: make room, then resume."""
+
+
+class GuardStop(SalonError):
+    """A guard ended the run. A checkpoint was written, so it can be resumed with other settings."""
+
+    exit_code = ExitCode.GUARD_STOP
+
+
+class VersionChanged(SalonError):
+    """A scorer's version changed within the run and reward.on_version_change is `stop`. The run can be resumed."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
 
 
 class VaultError(SalonError):

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -47,9 +49,9 @@ def begin_save(
     shapes = {name: engine.shape(name) for name in names}
     try:
         for kind in TENSOR_KINDS:
-            pending.tensors(f"{kind}.safetensors", shapes, partial(_tensor_of_engine, engine, kind))
+            pending.tensors(f"{kind}.safetensors", shapes, partial(_array_of_engine, engine, kind))
         for held in snapshots.names:
-            pending.tensors(f"snapshot-{held}.safetensors", shapes, partial(snapshots.full_tensor, held))
+            pending.tensors(f"snapshot-{held}.safetensors", shapes, partial(_array_of_snapshot, snapshots, held))
     except BaseException:
         pending.abandon()
         raise
@@ -87,8 +89,17 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _tensor_of_engine(engine: Engine, kind: TensorKind, name: str) -> Tensor:
-    return engine.full_tensor(name, kind)
+def _array_of_engine(engine: Engine, kind: TensorKind, name: str) -> np.ndarray:
+    return _host_copy(engine.full_tensor(name, kind))
+
+
+def _array_of_snapshot(snapshots: Snapshots, held: str, name: str) -> np.ndarray:
+    return _host_copy(snapshots.full_tensor(held, name))
+
+
+def _host_copy(tensor: Tensor) -> np.ndarray:
+    """fp32 on the host, and no memory that training goes on to change."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
 
 
 def load_state(folder: Path, engine: Engine, snapshots: Snapshots) -> dict[str, Any]:

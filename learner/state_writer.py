@@ -1,8 +1,8 @@
 """The thread that writes a learner's state while training goes on.
 
-Invariant: what is written is what the tensors were when they were handed over (they are copied to host memory), and
-what waits for the disk there is at most `stage_bytes`: beyond that the caller waits. After an error nothing more is
-written, nobody waits, and finish() raises it.
+Invariant: what is written is what was handed over (float32 arrays on the host that nobody changes any more), and what
+waits for the disk there is at most `stage_bytes`: beyond that the caller waits. After an error nothing more is written,
+nobody waits, and finish() raises it.
 
 Files are plain safetensors, digested (SHA-256) as they are written and on disk (fsync) before finish() returns.
 Does not own: which tensors make up a state (state.py), the folder's name and its manifest (cluster/checkpoints).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import threading
@@ -21,8 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
+import numpy as np
 
 FileDigests = dict[str, tuple[int, str]]
 """File name -> (bytes, SHA-256 in hex)."""
@@ -32,9 +32,9 @@ class PendingSave:
     """A state on its way to disk."""
 
     def tensors(
-        self, file_name: str, shapes: Mapping[str, tuple[int, ...]], tensor_of: Callable[[str], Tensor]
+        self, file_name: str, shapes: Mapping[str, tuple[int, ...]], array_of: Callable[[str], np.ndarray]
     ) -> None:
-        """One safetensors file of fp32 tensors; `tensor_of` is called once for each name, in order, on every rank."""
+        """One safetensors file of fp32 tensors; `array_of` is called once for each name, in order, on every rank."""
         raise NotImplementedError
 
     def text(self, file_name: str, text: str) -> None:
@@ -53,10 +53,10 @@ class NothingToWrite(PendingSave):
     """What ranks other than 0 hold: they only take part in collecting."""
 
     def tensors(
-        self, file_name: str, shapes: Mapping[str, tuple[int, ...]], tensor_of: Callable[[str], Tensor]
+        self, file_name: str, shapes: Mapping[str, tuple[int, ...]], array_of: Callable[[str], np.ndarray]
     ) -> None:
         for name in shapes:
-            tensor_of(name)
+            array_of(name)
 
     def text(self, file_name: str, text: str) -> None:
         del file_name, text
@@ -70,7 +70,7 @@ class StateWriter(PendingSave):
 
     def __init__(self, folder: Path, stage_bytes: int) -> None:
         self._folder, self._stage_bytes = folder, stage_bytes
-        self._work: deque[tuple[str, bytes | Tensor | None]] = deque()  # None: the file ends
+        self._work: deque[tuple[str, bytes | np.ndarray | None]] = deque()  # None: the file ends
         self._waiting_bytes = 0
         self._changed = threading.Condition()
         self._closed = False
@@ -80,11 +80,11 @@ class StateWriter(PendingSave):
         self._thread.start()
 
     def tensors(
-        self, file_name: str, shapes: Mapping[str, tuple[int, ...]], tensor_of: Callable[[str], Tensor]
+        self, file_name: str, shapes: Mapping[str, tuple[int, ...]], array_of: Callable[[str], np.ndarray]
     ) -> None:
         self._put(file_name, _header(shapes))
         for name in shapes:
-            self._put(file_name, tensor_of(name).detach().to("cpu", torch.float32, copy=True).contiguous())
+            self._put(file_name, array_of(name))
         self._put(file_name, None)
 
     def text(self, file_name: str, text: str) -> None:
@@ -107,7 +107,7 @@ class StateWriter(PendingSave):
             raise self._error
         return dict(self._digests)
 
-    def _put(self, file_name: str, piece: bytes | Tensor | None) -> None:
+    def _put(self, file_name: str, piece: bytes | np.ndarray | None) -> None:
         """Hand a piece over; one piece may always wait, however large, or nothing would ever be written."""
         size = _size(piece)
         with self._changed:
@@ -131,10 +131,10 @@ class StateWriter(PendingSave):
                 self._work.clear()
                 self._changed.notify_all()
 
-    def _write_file(self, name: str, piece: bytes | Tensor | None) -> None:
+    def _write_file(self, name: str, piece: bytes | np.ndarray | None) -> None:
         with _digested(self._folder / name) as file:
             while piece is not None:
-                file.write(piece if isinstance(piece, bytes) else piece.numpy().tobytes())
+                file.write(piece if isinstance(piece, bytes) else piece.tobytes())
                 self._written(piece)
                 following = self._take()
                 assert following is not None, "a file was begun and not ended"
@@ -149,7 +149,7 @@ class StateWriter(PendingSave):
                 raise self._error
             return self._work.popleft() if self._work else None
 
-    def _written(self, piece: bytes | Tensor) -> None:
+    def _written(self, piece: bytes | np.ndarray) -> None:
         with self._changed:
             self._waiting_bytes -= _size(piece)
             self._changed.notify_all()
@@ -188,7 +188,7 @@ def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     """Length and JSON header of a safetensors file. The library's own writer wants all tensors at once."""
     header, offset = {}, 0
     for name, shape in shapes.items():
-        size = 4 * torch.Size(shape).numel()
+        size = 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -196,7 +196,7 @@ def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _size(piece: bytes | Tensor | None) -> int:
+def _size(piece: bytes | np.ndarray | None) -> int:
     if piece is None:
         return 0
-    return len(piece) if isinstance(piece, bytes) else piece.numel() * piece.element_size()
+    return len(piece) if isinstance(piece, bytes) else piece.nbytes

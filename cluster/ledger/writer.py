@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from cluster.admission import AdmissionRule
 from cluster.ledger import schema
 from cluster.ledger.clock import SteadyClock
 from cluster.ledger.reader import GroupRow, LedgerReader
-from contracts.errors import LedgerError
+from contracts.errors import LedgerError, StorageError
 from contracts.wire import DiscardReason, GroupState
 
 BEFORE_LEASE = {
@@ -57,14 +58,21 @@ class LedgerWriter(LedgerReader):
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        """All of a transition or nothing. Raises StorageError when the file cannot be written (full, read-only)."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise StorageError(
+                        f"the ledger {self.path} cannot be written: {error}. What was acknowledged is safe: make room, "
+                        "or make it writable, then resume the run"
+                    ) from error
                 raise
-            self._db.execute("COMMIT")
 
     def _set(self, group_id: int, **columns: Any) -> None:
         assignments = ", ".join(f"{name} = ?" for name in columns)

@@ -242,8 +242,9 @@ class Telemetry:
     def _append(self, file: TextIO, row: dict[str, Any]) -> None:
         with self._lock:
             if not file.closed:
-                file.write(json.dumps(_finite(row), default=str) + "\n")
-                file.flush()
+                with contextlib.suppress(OSError):  # a full disk costs the row, not the run
+                    file.write(json.dumps(_finite(row), default=str) + "\n")
+                    file.flush()
 
 
 def controller_metrics() -> list[Metric]:

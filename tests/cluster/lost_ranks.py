@@ -70,6 +70,7 @@ class MortalTimer(WaitingLearner):
         strike(self.config, "update", job.step, self.rank)
         return super().update(job, fetch, fetch_embedding)
 
-    def save_state(self, folder: Path) -> None:
-        strike(self.config, "save_state", int(folder.name.removeprefix("step-")), self.rank)
-        super().save_state(folder)
+    def begin_save(self, folder: str | Path) -> Any:
+        step = Path(folder).name.removeprefix(".step-").split(".")[0]
+        strike(self.config, "save_state", int(step), self.rank)
+        return super().begin_save(folder)

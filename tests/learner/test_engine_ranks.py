@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from contracts.errors import LearnerError, NonFiniteLoss
-from learner.engines.deepspeed import deepspeed_usable
 from tests.learner.learner_harness import (
     Painted,
+    engine_section,
     job_of,
     make_config,
-    paint_groups,
+    needs_deepspeed,
+    paint_with,
     run_ranks,
     seeded_rewards,
     weights_of,
@@ -32,13 +33,12 @@ ENGINES: list[int | None] = [None, 1, 2, 3]  # None: plain
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not deepspeed_usable()[0], reason=deepspeed_usable()[1]),
+    needs_deepspeed,
 ]
 
 
 def config_of(folder: str, objective: dict[str, Any], ranks: int, stage: int | None, **model: Any) -> Any:
-    engine = {"engine": "plain"} if stage is None else {"engine": "deepspeed", "zero_stage": stage}
-    learner = {**engine, "ranks": ranks, "optimizer": {"lr": LR, "eps": 1e-6}, "ema": {"decay": 0.5}}
+    learner = {**engine_section(stage), "ranks": ranks, "optimizer": {"lr": LR, "eps": 1e-6}, "ema": {"decay": 0.5}}
     return make_config(folder, objective, learner=learner, model=model)
 
 
@@ -60,8 +60,7 @@ class Rank:
         return job_of(self.learner.config, self.painted, seeded_rewards(self.painted, {1: [0, 1]}), self.learner)
 
     def train(self, job: Any = None) -> dict[str, float]:
-        report = self.learner.update(job or self.job(), self.painted.fetch, self.painted.fetch_embedding)
-        return report.metrics
+        return self.painted.train(self.learner, job or self.job()).metrics
 
     def snapshot_tensors(self, name: str) -> dict[str, np.ndarray]:
         names = self.learner.engine.named_trainable()
@@ -71,15 +70,16 @@ class Rank:
 def write_and_go_on(
     rank: int, world: int, folder: str, objective: dict[str, Any], stage: int | None, painted: Painted, state: str
 ) -> Any:
-    """Train, save, train on: metrics of the second step, weights at both times, snapshots, what is published."""
+    """Train, save, train on: metrics of the second step, weights at both times, snapshots, what is published, and
+    AdamW's moments as saved."""
     one = Rank(rank, world, folder, objective, stage, painted)
     one.train()
     one.learner.save_state(state)
-    saved = weights_of(one.learner)
+    saved, moments = weights_of(one.learner), moments_of(one.learner)
     published = one.learner.snapshot(1, 1)
     metrics = one.train()
     snapshots = {name: one.snapshot_tensors(name) for name in one.learner.snapshots.names}
-    return metrics, saved, weights_of(one.learner), snapshots, None if published is None else published.arrays
+    return metrics, saved, weights_of(one.learner), snapshots, published and published.arrays, moments
 
 
 def read_and_go_on(
@@ -91,16 +91,23 @@ def read_and_go_on(
     painted: Painted,
     state: str,
 ) -> Any:
-    """For each stage: load, train: the metrics of that step, weights before and after it, snapshots after it."""
+    """For each stage: load, train: metrics of that step, weights before and after it, snapshots after it, and AdamW's
+    moments as loaded."""
     results = []
     for stage in stages:
         one = Rank(rank, world, folder, objective, stage, painted)
         one.learner.load_state(state)
-        loaded = weights_of(one.learner)
+        loaded, moments = weights_of(one.learner), moments_of(one.learner)
         metrics = one.train()
         snapshots = {name: one.snapshot_tensors(name) for name in one.learner.snapshots.names}
-        results.append((metrics, loaded, weights_of(one.learner), snapshots))
+        results.append((metrics, loaded, weights_of(one.learner), snapshots, moments))
     return results
+
+
+def moments_of(learner: Any) -> dict[str, np.ndarray]:
+    """AdamW's, whole, by kind and name. Collective."""
+    kinds = ("exp_avg", "exp_avg_sq")
+    return {f"{kind}/{name}": value for kind in kinds for name, value in weights_of(learner, kind).items()}
 
 
 def on_two_ranks(rank: int, world: int, folder: str, painted: Painted, states: str) -> dict[str, Any]:
@@ -125,10 +132,7 @@ def on_one_rank(rank: int, world: int, folder: str, painted: Painted, states: st
 
 @pytest.fixture(scope="module")
 def painted(tiny_model_folder: Path) -> Painted:
-    from actors.painter import Painter
-
-    torch.set_num_threads(1)
-    return paint_groups(Painter(config_of(str(tiny_model_folder), {"name": "grpo"}, 1, None)), 3)
+    return paint_with(config_of(str(tiny_model_folder), {"name": "grpo"}, 1, None), 3)
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +167,12 @@ def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], atol: fl
 
 
 def same_step(found: Any, expected: Any) -> None:
-    """(metrics, weights before, weights after, snapshots) agree; before exactly."""
+    """(metrics, weights before, weights after, snapshots, ..., moments before) agree; those before exactly."""
     for metric in ("loss", "grad_norm"):
         assert found[0][metric] == pytest.approx(expected[0][metric], rel=1e-5, abs=1e-7)
     assert all(np.array_equal(found[1][name], value) for name, value in expected[1].items())
+    assert all(np.array_equal(found[-1][name], value) for name, value in expected[-1].items())
+    assert any(value.any() for value in expected[-1].values())
     same(found[2], expected[2], atol=0.04 * LR)
     for name, tensors in expected[3].items():
         same(found[3][name], tensors, atol=0.04 * LR)
@@ -175,8 +181,8 @@ def same_step(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("objective", ["ppo", "nft"])
 def test_two_partitioned_ranks_do_what_one_plain_rank_does(objective: str, two_ranks: Any, plain: Any) -> None:
     """Weights, snapshots put together from pieces, and published arrays."""
-    _, saved, _, snapshots, published = two_ranks[0][objective]
-    _, expected_saved, _, expected_snapshots, expected_published = plain[objective]
+    _, saved, _, snapshots, published, _ = two_ranks[0][objective]
+    _, expected_saved, _, expected_snapshots, expected_published, _ = plain[objective]
     same(saved, expected_saved, atol=0.02 * LR)
     same(published, expected_published, atol=0.02 * LR)
     for name, tensors in expected_snapshots.items():
@@ -272,7 +278,7 @@ def lora_steps(rank: int, world: int, folder: str, stages: list[int | None], pai
         learner = RankLearner(config_of(folder, NFT, world, stage, **lora), rank, world)
         job = job_of(learner.config, painted, seeded_rewards(painted))
         for _ in range(2):
-            learner.update(job, painted.fetch, painted.fetch_embedding)
+            painted.train(learner, job)
         published = learner.snapshot(1, 1)
         results.append((weights_of(learner), None if published is None else published.arrays))
     return results
@@ -297,7 +303,7 @@ def bf16_steps(rank: int, world: int, folder: str, stages: list[int | None], pai
         job = job_of(learner.config, painted, seeded_rewards(painted))
         masters, losses = [weights_of(learner)], []
         for _ in range(3):
-            losses.append(learner.update(job, painted.fetch, painted.fetch_embedding).metrics["loss"])
+            losses.append(painted.train(learner, job).metrics["loss"])
             masters.append(weights_of(learner))
         published = learner.snapshot(1, 1)
         assert published is not None

@@ -1,0 +1,136 @@
+"""The soak's table, on the terminal and in docs/reliability.md between its markers.
+
+Does not own: what was seen (soak.py's notes), the words around the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = list[list[str]]
+
+
+def recovery_rows(faults: Sequence[Mapping[str, Any]]) -> Rows:
+    """fault, times, median and worst seconds until the run made steps again with all its processes."""
+    kinds = sorted({str(fault["fault"]) for fault in faults})
+    rows = []
+    for kind in kinds:
+        seconds = [float(fault["seconds"]) for fault in faults if fault["fault"] == kind]
+        rows.append([kind, str(len(seconds)), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"])
+    if faults:
+        everything = [float(fault["seconds"]) for fault in faults]
+        rows.append(["all", str(len(faults)), f"{statistics.median(everything):.1f}", f"{max(everything):.1f}"])
+    return rows
+
+
+def memory_rows(samples: Sequence[Mapping[str, Any]]) -> Rows:
+    """kind of process, its largest resident MB: medians over each quarter of the soak, and the highest."""
+    kinds = sorted({kind for sample in samples for kind in sample["mb"]})
+    quarters = [samples[len(samples) * i // 4 : len(samples) * (i + 1) // 4] for i in range(4)]
+    rows = []
+    for kind in kinds:
+        medians = [_median(max(s["mb"][kind]) for s in part if s["mb"].get(kind)) for part in quarters]
+        highest = max((max(s["mb"][kind]) for s in samples if s["mb"].get(kind)), default=0.0)
+        rows.append([kind, *(f"{m:.0f}" for m in medians), f"{highest:.0f}"])
+    return rows
+
+
+def timing_rows(folder: Path) -> Rows:
+    """Checkpoints and resumes of the run, from its events and metrics."""
+    events = _lines(folder / "events.jsonl")
+    metrics = _lines(folder / "metrics.jsonl")
+    stalls = [row["checkpoint_stall_seconds/mean"] for row in metrics if "checkpoint_stall_seconds/mean" in row]
+    series = {
+        "checkpoint, from its begin to its end": [e["seconds"] for e in events if e["event"] == "checkpoint"],
+        "stall of the learner's step by a checkpoint": stalls,
+        "resume, from the controller's start to its first task": _resume_seconds(events),
+        "rebuild of the learner's ranks": [e["seconds"] for e in events if e["event"] == "learner_rebuilt"],
+    }
+    return [
+        [name, str(len(values)), f"{statistics.median(values):.3f}", f"{max(values):.3f}"]
+        for name, values in series.items()
+        if values
+    ]
+
+
+def _resume_seconds(events: Sequence[Mapping[str, Any]]) -> list[float]:
+    found, resumed = [], False
+    for event in events:
+        resumed = resumed or event["event"] == "resumed"
+        if event["event"] == "started" and resumed:
+            found.append(float(event["seconds"]))
+            resumed = False
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # the end of a file that is being written
+    return found
+
+
+def _median(values: Iterable[float]) -> float:
+    listed = list(values)
+    return statistics.median(listed) if listed else 0.0
+
+
+def show(notes: Mapping[str, Any], folder: Path) -> None:
+    """On the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, head, rows in _tables(notes, folder):
+        table = Table(*head, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+
+
+def write_docs(notes: Mapping[str, Any], folder: Path, page: Path, *, quiet: bool) -> None:
+    """Replace what stands between the page's markers."""
+    name = "quiet" if quiet else "soak"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = page.read_text()
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{as_markdown(notes, folder)}\n{end}{after}")
+
+
+def as_markdown(notes: Mapping[str, Any], folder: Path) -> str:
+    """Machine, length, tables."""
+    hours = notes["seconds"] / 3600
+    lines = [
+        f"Measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores ({platform.machine()}), seed {notes['seed']}: "
+        f"{len(notes['faults'])} faults in {hours:.1f} h, the books looked at {notes['looks']} times, at most "
+        f"{notes['most_live']} groups live.",
+    ]
+    for title, head, rows in _tables(notes, folder):
+        lines += ["", f"{title}:", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _tables(notes: Mapping[str, Any], folder: Path) -> list[tuple[str, list[str], Rows]]:
+    tables = [
+        ("Recovery by fault, seconds", ["fault", "times", "median", "worst"], recovery_rows(notes["faults"])),
+        ("Checkpoints and resumes, seconds", ["what", "times", "median", "worst"], timing_rows(folder)),
+        (
+            "Largest resident memory by kind of process, MB, median of each quarter of the soak",
+            ["process", "1st", "2nd", "3rd", "4th", "highest"],
+            memory_rows(notes["memory"]),
+        ),
+    ]
+    return [table for table in tables if table[2]]
