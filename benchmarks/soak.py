@@ -205,7 +205,7 @@ def make_config(model: Path, runs_dir: Path, seed: int) -> RunConfig:
                         "max_rebuilds": 10_000},
             "checkpoint": {"every_steps": 10, "keep_last": 2},
             "weights": {"timeout_s": 30.0},
-            "cluster": {"controller_hang_s": 30.0, "controller_restarts": 10_000},
+            "cluster": {"hang_timeout_s": 30.0, "controller_restarts": 10_000},
             "eval": {"before": False, "num_prompts": 4, "samples_to_save": 0},
             "telemetry": {"tensorboard": False},
             "stop": {"steps": 10_000_000},

@@ -167,12 +167,12 @@ def _one_controller(
     controller = ControllerActor.options(**options).remote(config, parts, resume)
     interrupts.begin(controller)
     result = controller.run.remote()
-    answered, limit, status = time.monotonic(), max(START_S, config.cluster.controller_hang_s), {}
+    answered, limit, status = time.monotonic(), max(START_S, config.cluster.hang_timeout_s), {}
     while not ray.wait([result], timeout=0.5)[0]:
         interrupts.act()
         found = _status(controller)
         if found:
-            answered, limit, status = time.monotonic(), config.cluster.controller_hang_s, found
+            answered, limit, status = time.monotonic(), config.cluster.hang_timeout_s, found
             display.update(found)
         elif time.monotonic() - answered > limit:
             _kill(controller, status)

@@ -55,7 +55,7 @@ def exact_config(folder: Path) -> RunConfig:
             "pipeline": {"max_staleness": 0},
             "checkpoint": {"every_steps": 5},
             "weights": {"timeout_s": 8.0},
-            "cluster": {"controller_hang_s": 10.0, "controller_restarts": 100},
+            "cluster": {"hang_timeout_s": 8.0, "controller_restarts": 100},
             "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
             "telemetry": {"tensorboard": False},
             "stop": {"steps": 1_000_000},
