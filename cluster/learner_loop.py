@@ -123,22 +123,25 @@ class LearnerLoop:
             await self._train(claimed)
         except NotStored as error:
             self.context.ledger.release_claim()
-            lost = [group_id for group_id in claimed if not await self._is_stored(group_id)]
+            lost = [group_id for group_id in claimed if not await self._has_bytes(group_id)]
+            lost = lost or [group_id for group_id in claimed if not await self._has_embeddings(group_id)]
             if not lost:
                 raise  # there is more to it
             for group_id in lost:
                 self.context.lost(group_id, str(root_cause(error)))
 
-    async def _is_stored(self, group_id: int) -> bool:
-        """Whether the vaults hold a group's bytes and its prompt's embeddings."""
-        context, row = self.context, self.context.ledger.row(group_id)
-        if (group_id, row.paint_attempt) not in await value(context.vault(row.vault).stored.remote()):
-            return False
-        scored = context.groups.get(group_id)
+    async def _has_bytes(self, group_id: int) -> bool:
+        row = self.context.ledger.row(group_id)
+        stored = await value(self.context.vault(row.vault).stored.remote())
+        return (group_id, row.paint_attempt) in [tuple(painting) for painting in stored]
+
+    async def _has_embeddings(self, group_id: int) -> bool:
+        """Whether the vault that ranks ask holds the embeddings of a group's prompt."""
+        scored = self.context.groups.get(group_id)
         if scored is None or scored.header.source is Source.LEARNER:
             return True
         digests = [scored.header.prompt_digest, scored.header.negative_digest]
-        read_by_ranks = next(iter(context.vaults.values()))
+        read_by_ranks = next(iter(self.context.vaults.values()))
         return all([await value(read_by_ranks.holds_embedding.remote(digest)) for digest in digests if digest])
 
     async def _train(self, claimed: list[int]) -> None:

@@ -80,6 +80,7 @@ class GroupStore:
         self._sizes: dict[str, int] = {}  # file name -> bytes, reserved ones included
         self._groups: dict[int, set[int]] = {}  # group id -> attempts whose file is whole
         self._headers: dict[tuple[int, int], GroupHeader] = {}
+        self._writing: set[str] = set()  # file names on their way to disk
         self._refused: dict[tuple[int, int], float] = {}  # (group id, attempt) that found no room -> when last
         self._cache: OrderedDict[str, _Cached] = OrderedDict()
         self._cached_bytes = 0
@@ -192,7 +193,7 @@ class GroupStore:
         """
         name = embedding_file(digest)
         with self._space:
-            if name in self._sizes:
+            if name in self._sizes and name not in self._writing:
                 return 0
         num_bytes = self._write(name, codec.encode(EmbeddingHeader(digest=digest), arrays), wait_s, painting)
         self._keep_copy(name, arrays)
@@ -223,6 +224,8 @@ class GroupStore:
     def _write(self, name: str, blob: bytes, wait_s: float, painting: tuple[int, int] | None) -> int:
         before = self._reserve(name, len(blob), wait_s, painting)
         temporary = self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
+        with self._space:
+            self._writing.add(name)
         try:
             self._write_file(temporary, blob)
             os.replace(temporary, self.folder / name)
@@ -232,6 +235,9 @@ class GroupStore:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise VaultFull(f"no space left for {len(blob)} bytes in {self.folder}") from error
             raise VaultError(f"cannot write {name} in {self.folder}: {error.strerror}") from error
+        finally:
+            with self._space:
+                self._writing.discard(name)
         return len(blob)
 
     def _write_file(self, path: Path, blob: bytes) -> None:
@@ -313,6 +319,8 @@ class GroupStore:
         """What cannot be read is not held: `stored` no longer names it, and its room is free."""
         found = _GROUP_FILE.match(name)
         with self._space:
+            if name in self._writing:
+                return  # it was read too early
             if found:
                 self._groups.get(int(found[1]), set()).discard(int(found[2]))
                 self._headers.pop((int(found[1]), int(found[2])), None)
