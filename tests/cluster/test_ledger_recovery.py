@@ -21,11 +21,12 @@ from cluster.ledger import Ledger
 from contracts.wire import PaintReceipt, PromptSpec
 ledger = Ledger(sys.argv[1])
 while True:
-    group_id = ledger.admit(PromptSpec(text="x" * 2000), ledger.next_position(), 4)
+    if ledger.next_to_generate() is None:  # else one is left from before the kill
+        ledger.admit(PromptSpec(text="x" * 2000), ledger.next_position(), 4)
     task = ledger.lease_generating("actor", 600.0)
-    ledger.generated(PaintReceipt(group_id=group_id, attempt=task.attempt, weight_version=0, vault="v", num_bytes=1,
+    ledger.generated(PaintReceipt(group_id=task.group_id, attempt=task.attempt, weight_version=0, vault="v", num_bytes=1,
                                   paint_seconds=1.0, store_seconds=1.0))
-    print(group_id, flush=True)
+    print(task.group_id, flush=True)
 """
 
 
