@@ -183,8 +183,10 @@ class Controller:
         vault = self.config.vault
         return {
             f"vault-{index}": Vault.options(name=f"{self.config.name}-vault-{index}-{os.getpid()}").remote(
-                str(folder.vault(index)), vault.memory_mb * 2**20,
-                None if vault.disk_mb is None else vault.disk_mb * 2**20, VAULT_WAIT_S,
+                str(folder.vault(index)),
+                vault.memory_mb * 2**20,
+                None if vault.disk_mb is None else vault.disk_mb * 2**20,
+                VAULT_WAIT_S,
             )
             for index in range(vault.count)
         }

@@ -52,7 +52,7 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(default=None, gt=0, description="CPUs of a local Ray; None: as many as the plan needs")
     object_store_mb: int = Field(default=400, gt=75, description="object store of a local Ray")
     hang_timeout_s: float = Field(
-        default=60.0, gt=0, description="a vault, dispatcher or controller that answers no probe for so long is replaced"
+        default=60.0, gt=0, description="a vault, dispatcher or controller silent for so long is replaced"
     )
     controller_restarts: int = Field(
         default=5, ge=0, description="times the driver replaces a controller that died or hangs, resuming the run"

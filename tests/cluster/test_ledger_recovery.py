@@ -24,8 +24,8 @@ while True:
     if ledger.next_to_generate() is None:  # else one is left from before the kill
         ledger.admit(PromptSpec(text="x" * 2000), ledger.next_position(), 4)
     task = ledger.lease_generating("actor", 600.0)
-    ledger.generated(PaintReceipt(group_id=task.group_id, attempt=task.attempt, weight_version=0, vault="v", num_bytes=1,
-                                  paint_seconds=1.0, store_seconds=1.0))
+    receipt = dict(weight_version=0, vault="v", num_bytes=1, paint_seconds=1.0, store_seconds=1.0)
+    ledger.generated(PaintReceipt(group_id=task.group_id, attempt=task.attempt, **receipt))
     print(task.group_id, flush=True)
 """
 
