@@ -101,6 +101,7 @@ def test_alignprop_follows_a_gradient_over_http(tiny_model_folder: Path, tmp_pat
     assert 0 < first["train_metric/reward"] < 1
     assert last["train_metric/reward"] > first["train_metric/reward"], "two steps up the gradient of a linear reward"
     assert summary["images_painted"] == summary["images_trained"] == 16, "the actors painted none of them in vain"
+    assert [row["images_painted_total"] for row in rows(config)] == [8, 16], "counted when they are painted"
 
 
 def write_pairs(folder: Path, num: int = 12) -> Path:
