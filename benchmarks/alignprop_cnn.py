@@ -14,11 +14,11 @@ from typing import Any
 from benchmarks.learning import EVAL_PROMPTS, Curve, learn, mean_and_error
 
 CONFIG = "configs/playground_alignprop.yaml"
-EVALUATIONS = 5
+EVALUATIONS = 6
 COLUMNS = ("cnn/score", "playground/dense", "playground/strict")
 
 
-def run(repeats: int = 1, steps: int = 30) -> dict[str, Any]:
+def run(repeats: int = 1, steps: int = 60) -> dict[str, Any]:
     """Rows by step: means of the scorer's and the verifier's columns over held-out pictures. repeats: seeds."""
     every = max(1, steps // EVALUATIONS)
     overrides = {"eval.num_prompts": EVAL_PROMPTS}

@@ -15,11 +15,11 @@ from typing import Any
 from benchmarks.learning import Curve, blocks, learn, mean_and_error
 
 CONFIG = "configs/playground_ppo.yaml"
-NUM_BLOCKS = 6
+NUM_BLOCKS = 5
 METRICS = ("explained_variance", "value_error", "playground/reward/mean")
 
 
-def run(repeats: int = 1, steps: int = 60) -> dict[str, Any]:
+def run(repeats: int = 1, steps: int = 100) -> dict[str, Any]:
     """Rows by block of steps: mean and standard error of the explained variance and others. repeats: seeds."""
     curves = [learn(CONFIG, seed, steps) for seed in range(repeats)]
     return {

@@ -110,10 +110,10 @@ def test_an_option_that_a_named_benchmark_lacks_is_refused_before_anything_runs(
 def test_a_page_says_so_when_the_machine_was_busy_and_time_matters() -> None:
     busy = {**STATE, "busy_before": 0.7}
     assert "The machine was busy" in report.section("rollout", {**ROLLOUT, **busy})
-    learned = {"repeats": 1, "steps": 60, "config": "c", "rows": []}
+    learned = {"repeats": 1, "steps": 100, "config": "c", "rows": []}
     section = report.section("ppo_critic", {**learned, **busy})
     assert "busy" not in section
-    assert "1 repeat, 60 steps each" in section
+    assert "1 repeat, 100 steps each" in section
 
 
 def test_a_benchmark_that_hangs_is_ended_with_what_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
