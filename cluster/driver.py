@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -34,12 +35,15 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
 
     resume: go on with its run folder; parts: other classes for those that hold a model (tests, benchmarks).
     """
-    from cluster.lock import refuse_if_running
+    from cluster.lock import refuse_if_running, wait_for_release
     from cluster.validate import check, check_cluster
 
     if parts is None:
         _refuse(check(config))
-    refuse_if_running(location(config))
+    if resume:  # a driver that was killed takes its run along, but not at once
+        wait_for_release(location(config), lambda text: print(text, file=sys.stderr, flush=True))
+    else:
+        refuse_if_running(location(config))
     started_here = start_ray(config)
     import ray
 
@@ -130,6 +134,8 @@ def location(config: RunConfig) -> str:
 
 def _follow(config: RunConfig, show: bool, resume: bool, parts: Parts | None) -> ExitCode:
     """Show the run's progress until it ends; a controller that is lost is replaced by one that resumes the run."""
+    from cluster.learner_group import remove_leftover_placements
+
     replaced = 0
     with _Interrupts() as interrupts, _display(config, show) as display:
         while True:
@@ -141,6 +147,7 @@ def _follow(config: RunConfig, show: bool, resume: bool, parts: Parts | None) ->
                     raise SalonError(
                         f"{lost}; resume the run with `python -m cluster resume {location(config)}`"
                     ) from lost
+                remove_leftover_placements()
                 replaced, resume = replaced + 1, True
     if show:
         print_summary(config, summary)

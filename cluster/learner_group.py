@@ -8,6 +8,7 @@ Does not own: what a rank does (learner/rank.py), when to rebuild and what it me
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,12 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.host_copies import HostCopies
@@ -74,7 +80,8 @@ class LearnerGroup:
         """
         learner, limit = self.config.learner, max(START_TIMEOUT_S, self.config.learner.hang_timeout_s)
         bundle = {"CPU": learner.cpus_per_rank, **({"GPU": learner.gpus_per_rank} if learner.gpus_per_rank else {})}
-        self.placement = placement_group([bundle] * learner.ranks, strategy="PACK")
+        name = f"{_prefix()}{uuid.uuid4().hex[:8]}"
+        self.placement = placement_group([bundle] * learner.ranks, strategy="PACK", name=name)
         try:
             await asyncio.wait_for(value(self.placement.ready()), limit)
         except TimeoutError:
@@ -184,6 +191,18 @@ class LearnerGroup:
         if self.config.learner.ranks > 1 and _is_collective_error(cause or error):
             return RankLost(f"learner rank {index} lost its peers: {cause or error}")
         return cause if isinstance(cause, Exception) else LearnerError(f"learner rank {index} failed: {error}")
+
+
+def remove_leftover_placements() -> None:
+    """Give back what ranks of this Ray job hold whose controller died: Ray ends the ranks, not their placement."""
+    for found in placement_group_table().values():
+        if found["name"].startswith(_prefix()) and found["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(found["name"]))
+
+
+def _prefix() -> str:
+    """Of the names of this Ray job's placement groups; the driver and its actors share the job."""
+    return f"salon-{ray.get_runtime_context().get_job_id()}-"
 
 
 def _last_line(error: BaseException | None) -> str:

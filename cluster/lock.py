@@ -139,6 +139,26 @@ def refuse_if_running(location: str | Path) -> None:
         raise _held(location, holder)
 
 
+RELEASE_S, LOOK_S = 20.0, 0.5
+"""How long a resume waits for the processes of a killed driver, which end within seconds, and how often it looks."""
+
+
+def wait_for_release(
+    location: str | Path, notice: Callable[[str], None], limit_s: float = RELEASE_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:  # fmt: skip
+    """Return once nobody holds the run. Raises ConfigError when somebody still does after limit_s."""
+    holder, noticed, deadline = held_by(location, sleep), False, time.monotonic() + limit_s
+    while holder is not None and time.monotonic() < deadline:
+        if not noticed:
+            notice(f"{holder.described} has the run still; waiting up to {limit_s:.0f} s for it to end")
+            noticed = True
+        sleep(LOOK_S)
+        holder = held_by(location, sleep)
+    if holder is not None:
+        raise _held(location, holder)
+
+
 def _held(location: str | Path, holder: Holder | None) -> ConfigError:
     by = f" ({holder.described})" if holder is not None and holder.pid else ""
     return ConfigError("name", f"run {location} is running{by}", "stop it first, or choose another name")

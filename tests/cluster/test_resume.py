@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 from cluster import lock, resume
 from cluster.checkpoints.layout import list_whole
 from cluster.cli import main
-from cluster.lock import RunLock
+from cluster.lock import RunLock, wait_for_release
 from cluster.migrate import RUN_FORMAT
 from cluster.resume import bring_back, mend_lines, open_run, resumed_config
 from cluster.scoring_loop import ScoringLoop
@@ -234,6 +235,7 @@ def test_a_running_run_is_refused_by_every_way_in(tmp_path: Path, monkeypatch: p
     from cluster.driver import train
 
     monkeypatch.setattr("cluster.validate.check", lambda _: [])
+    monkeypatch.setattr("cluster.lock.wait_for_release", partial(wait_for_release, limit_s=0.1))
     with pytest.raises(ConfigError, match="is running"):
         train(config, show=False, resume=True)
     held.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,17 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cluster.lock import LOCK, SILENT_BEATS, Holder, LockLost, RunLock, held_by, refuse_if_running, this_process
+from cluster.lock import (
+    LOCK,
+    SILENT_BEATS,
+    Holder,
+    LockLost,
+    RunLock,
+    held_by,
+    refuse_if_running,
+    this_process,
+    wait_for_release,
+)
 from contracts.errors import ConfigError
 
 HOLDER = """
@@ -131,3 +142,24 @@ def test_a_place_that_cannot_be_written_is_refused_with_a_way_out(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be written.*copy the run"):
         RunLock.acquire(tmp_path / "file")
+
+
+def test_a_resume_waits_for_the_processes_of_a_killed_driver_to_end(tmp_path: Path) -> None:
+    held, notices, naps = RunLock.acquire(tmp_path), [], []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            held.release()
+
+    wait_for_release(tmp_path, notices.append, sleep=sleep)
+    assert len(naps) == 3
+    assert len(notices) == 1
+    assert f"process {this_process().pid} on" in notices[0]
+
+
+def test_a_resume_does_not_wait_for_ever(tmp_path: Path) -> None:
+    held = RunLock.acquire(tmp_path)
+    with pytest.raises(ConfigError, match="is running"):
+        wait_for_release(tmp_path, print, limit_s=0.2, sleep=lambda _: time.sleep(0.05))
+    held.release()
