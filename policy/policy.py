@@ -52,6 +52,8 @@ class Policy:
         if not folder.is_dir():
             raise ConfigError("model.path", f"{config.path} is not a folder", "give a local diffusers pipeline folder")
         family: Family = resolve("family", config.family).load()(folder, dtype, device)
+        # A GPU's flash attention takes no mask; a recomputation runs outside the forward that counts the repeats.
+        family.merge_repeats = device.type == "cpu" and not config.gradient_checkpointing
         try:
             network = family.load_network()
         except OSError as error:

@@ -42,7 +42,7 @@ from playground.world.captions import KINDS, Spec
 from playground.world.prompts import allowed_in_train, held_out_prompts, specs_by_kind
 from playground.world.render import render
 from playground.world.scenes import SIZE, sample_scene
-from policy.precision import PlainAttention
+from policy.cpu_kernels import CpuKernels
 
 EASY_KINDS = ("single", "colour")
 """Learnt first and never evaluated: drawn half as often as the others."""
@@ -184,7 +184,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run, self.step)
         bf16 = self.run.precision == "bf16"
-        on_cpu = PlainAttention() if self.device.type == "cpu" else nullcontext()
+        on_cpu = CpuKernels() if self.device.type == "cpu" else nullcontext()
         with on_cpu, torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             predicted = self.model(noised, sigma, ids)
         loss = (predicted.float() - velocity).square().mean()

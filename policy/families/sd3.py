@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.errors import ConfigError
+from policy.cpu_kernels import last_key_stands_for, repeated_tail
 from policy.families.base import Family
 from policy.types import EmbeddingBatch, PromptEmbedding
 
@@ -63,13 +64,16 @@ class SD3Family(Family):
             )
 
     def forward(self, module: nn.Module, x: Tensor, s: Tensor, cond: EmbeddingBatch) -> Tensor:
-        return module(
-            hidden_states=x,
-            timestep=s * _TIMESTEPS,
-            encoder_hidden_states=cond.text,
-            pooled_projections=cond.pooled,
-            return_dict=False,
-        )[0]
+        # Without T5 its tokens are zeros, which carry no position: one of them does for all.
+        repeats = repeated_tail(cond.text) if self.merge_repeats else 1
+        with last_key_stands_for(repeats):
+            return module(
+                hidden_states=x,
+                timestep=s * _TIMESTEPS,
+                encoder_hidden_states=cond.text[:, : cond.text.shape[1] - repeats + 1],
+                pooled_projections=cond.pooled,
+                return_dict=False,
+            )[0]
 
     def feature_layer(self, network: nn.Module) -> nn.Module:
         return network.get_submodule("norm_out")

@@ -35,7 +35,7 @@ def test_velocity_is_the_networks_output_at_1000_s(load_policy: Load) -> None:
     policy = load_policy()
     x, s, cond, _ = inputs(policy)
     direct = policy.module(x, cond.text, cond.pooled, s * 1000, return_dict=False)[0]
-    assert torch.equal(policy.velocity(x, s, cond), direct)
+    torch.testing.assert_close(policy.velocity(x, s, cond), direct)  # repeated context tokens are computed once
 
 
 @torch.no_grad()
