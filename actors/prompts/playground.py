@@ -19,7 +19,8 @@ _HELD_OUT_SEED = 0
 class PlaygroundPrompts(PromptSource):
     """metadata: `playground` is what the verifier needs, `tag` the kind of task.
 
-    options.kinds: the kinds of captions to train on; those that the base has learnt already teach nothing.
+    options.kinds: the kinds of captions to train on, as a list or with their weights ({two: 2, counting: 0.5}); those
+    that the base has learnt already teach nothing.
     """
 
     declares: ClassVar[PromptsGive] = PromptsGive(metadata_keys=("playground",), has_held_out=True)
@@ -28,7 +29,7 @@ class PlaygroundPrompts(PromptSource):
         super().__init__(config, seed)
         try:
             self._stream = prompt_stream("train", seed, config.options.get("kinds"))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError("prompts.options.kinds", str(error)) from error
 
     def at(self, position: int) -> PromptSpec:

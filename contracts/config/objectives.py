@@ -60,6 +60,10 @@ class NFTConfig(Section):
     kl_beta: float = Field(default=1e-4, ge=0)
     draws: int | None = Field(default=None, gt=0, description="times a sample; None: every rollout step but the last")
     time_grid: Literal["rollout", "uniform"] = Field(default="rollout", description="times: rollout sigmas or uniform")
+    noise_per: Literal["sample", "group"] = Field(
+        default="sample", description="group: the samples of a group share times and noise, which cancels what is "
+        "common to them, as centred advantages sum to 0",
+    )  # fmt: skip
     decay_flat: int = Field(default=0, ge=0, description="old-policy EMA: decay 0 up to this optimizer step")
     decay_rate: float = Field(default=0.001, ge=0)
     decay_hold: float = Field(default=0.5, ge=0, lt=1)

@@ -8,6 +8,7 @@ the same. Does not own: what is done with them (matching.py, the objectives).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ def logit_normal_times(batch: MicroBatch, run_seed: int, draw: int) -> Tensor:
         batch,
         lambda key: torch.randn((), generator=_times(batch, run_seed, key, draw)).sigmoid().clamp(min=MIN_TIME),
     )
+
+
+def keyed_by_group(batch: MicroBatch) -> MicroBatch:
+    """The same rows; those of one group share what is drawn, in whichever micro-batch they are."""
+    return replace(batch, noise_keys=tuple(row.group for row in batch.rows))
 
 
 def _times(batch: MicroBatch, run_seed: int, key: int, draw: int) -> torch.Generator:

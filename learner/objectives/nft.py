@@ -9,6 +9,9 @@ With v_old the EMA policy that painted, optimality r = (clamp(A,-c,c) + p)/(2c) 
 One pass a time; losses in float64. At v = v_old the gradient is that of (A + p) * mse_x0 / w whatever b is. The old
 policy moves once a learner step: old = d old + (1-d) current, d = min((optimizer steps - flat) * rate, hold).
 
+With noise_per "group" the gradient's part that all samples of a group have in common cancels: their advantages sum to
+zero. Diffusion-DPO (2311.12908) does the same with the two samples of a pair; here it is ours.
+
 p = sample_pull is ours (the paper has 0): with centred advantages nothing holds v to the samples it makes, and at high
 noise, where a step hardly moves the sample, v drifts unseen until the run falls apart (docs/decisions/0011).
 Does not own: advantages (credit/group.py), the snapshots themselves (learner/snapshots.py).
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from contracts.config.objectives import NFTConfig
 from learner.objectives.base import Means, ModelHandle, Objective, declared
-from learner.objectives.draws import grid_times, noise, uniform_times
+from learner.objectives.draws import grid_times, keyed_by_group, noise, uniform_times
 from learner.objectives.matching import Noised, mean_square, per_row, stack_draws, velocity
 from learner.types import LossSum, MicroBatch, StepJob
 
@@ -46,11 +49,12 @@ class NFT(Objective[NFTConfig]):
         return {str(snapshot): stack_draws([velocity(model, batch, self.noised(batch, draw)) for draw in draws])}
 
     def noised(self, batch: MicroBatch, draw: int) -> Noised:
-        """The rows at their draw number `draw`: fresh time and noise for each."""
+        """The rows at their draw number `draw`: fresh time and noise for each row, or for each group."""
         assert batch.clean is not None
         times = grid_times if self.config.time_grid == "rollout" else uniform_times
         seed = self.context.run_seed
-        return Noised.of(batch.clean, times(batch, seed, draw), noise(batch, seed, draw))
+        keyed = batch if self.config.noise_per == "sample" else keyed_by_group(batch)
+        return Noised.of(batch.clean, times(keyed, seed, draw), noise(keyed, seed, draw))
 
     def optimality(self, advantage: Tensor) -> Tensor:
         """r, float64: in [0,1], and sample_pull/(2c) above that with a pull."""

@@ -8,7 +8,7 @@ and a combination held out is held out in every kind. Single things are all in t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import permutations
 
@@ -77,13 +77,13 @@ def specs_by_kind(split: str) -> dict[str, tuple[Spec, ...]]:
 
 
 class PromptStream:
-    """An endless stream of captions, each kind equally often; item i depends on i alone.
+    """An endless stream of captions; item i depends on i alone.
 
-    `kinds`: which kinds there are in it, all by default. `position` is the index of the next item:
-    set it to go on where another stream stopped.
+    `kinds`: which kinds there are in it, all by default and each equally often; a mapping says how often, relative to
+    each other. `position` is the index of the next item: set it to go on where another stream stopped.
     """
 
-    def __init__(self, split: str, seed: int, kinds: Sequence[str] | None = None) -> None:
+    def __init__(self, split: str, seed: int, kinds: Sequence[str] | Mapping[str, float] | None = None) -> None:
         grouped = specs_by_kind(split)
         unknown = sorted(set(kinds or ()) - set(grouped))
         if unknown:
@@ -91,6 +91,7 @@ class PromptStream:
         self._split = split
         self._seed = seed
         self._by_kind = tuple(specs for kind, specs in grouped.items() if kinds is None or kind in kinds)
+        self._shares = _shares([kinds[kind] for kind in grouped if kind in kinds] if isinstance(kinds, Mapping) else [])
         self.position = 0
 
     def __iter__(self) -> PromptStream:
@@ -104,15 +105,30 @@ class PromptStream:
     def at(self, position: int) -> Spec:
         """The item at a position, which stays where it is."""
         rng = np.random.default_rng((self._seed, SPLITS.index(self._split), position))
-        specs = self._by_kind[rng.integers(len(self._by_kind))]
+        shares = self._shares
+        kind = rng.integers(len(self._by_kind)) if shares is None else rng.choice(len(shares), p=shares)
+        specs = self._by_kind[kind]
         return specs[rng.integers(len(specs))]
 
     def state(self) -> dict[str, int]:
         return {"position": self.position}
 
 
-def prompt_stream(split: str, seed: int, kinds: Sequence[str] | None = None) -> PromptStream:
-    """The seeded stream of a split's captions, of some kinds alone if asked. Raises ValueError for an unknown kind."""
+def _shares(weights: Sequence[float]) -> np.ndarray | None:
+    """Probabilities; None for no weights. Raises ValueError for weights that are none."""
+    if not weights:
+        return None
+    given = np.asarray(weights, dtype=float)
+    if not (np.isfinite(given).all() and (given >= 0).all() and given.sum() > 0):
+        raise ValueError(f"kinds cannot come {list(weights)} times as often; give positive numbers")
+    return given / given.sum()
+
+
+def prompt_stream(split: str, seed: int, kinds: Sequence[str] | Mapping[str, float] | None = None) -> PromptStream:
+    """The seeded stream of a split's captions, of some kinds alone, or of some more often, if asked.
+
+    Raises ValueError for an unknown kind, or weights that are no numbers from 0 up.
+    """
     return PromptStream(split, seed, kinds)
 
 

@@ -198,6 +198,34 @@ def test_nft_draws_set_the_number_of_passes_and_take_distinct_levels():
     assert len({float(objective.noised(batch, p).s[0]) for p in range(3)}) == 3
 
 
+def test_nft_noise_per_group_is_shared_within_it_and_not_between_groups():
+    policy = toy_policy()
+    batch = painted(policy)
+    rows = tuple(row.model_copy(update={"group": i // 2}) for i, row in enumerate(batch.rows))
+    batch = replace(batch, rows=rows, clean=batch.clean[:1].expand_as(batch.clean))
+    shared = nft(policy, noise_per="group", draws=2)[0]
+    for draw in range(2):
+        drawn = shared.noised(batch, draw)
+        assert torch.equal(drawn.x[0], drawn.x[1])
+        assert not torch.equal(drawn.x[0], drawn.x[2])
+    own = nft(policy, draws=2)[0].noised(batch, 0)
+    assert not torch.equal(own.x[0], own.x[1])
+
+
+def test_nft_noise_per_group_takes_what_samples_share_out_of_the_gradient():
+    """Equal samples with opposite advantages teach nothing: with shared noise exactly, else on average only."""
+    policy = toy_policy()
+    batch = painted(policy)
+    batch = replace(batch, clean=batch.clean[:1].expand_as(batch.clean).clone())  # advantages 1, -1, 1, -1
+    norms = {}
+    for noise_per in ("group", "sample"):
+        objective, model = nft(policy, noise_per=noise_per, kl_beta=0.0, draws=1)
+        ready = at_all(policy, objective, model, batch)
+        norms[noise_per] = gradient(batch_loss(objective, model, ready), policy.module).norm()
+    assert norms["group"] < 1e-6
+    assert norms["sample"] > 1e-3
+
+
 # -- dpo
 
 

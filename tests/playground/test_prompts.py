@@ -95,3 +95,18 @@ def test_a_stream_of_some_kinds_holds_those_alone() -> None:
     assert {stream.at(i).kind for i in range(200)} == kinds
     with pytest.raises(ValueError, match="colours"):
         prompt_stream("train", 0, ["colours"])
+
+
+def test_kinds_come_as_often_as_their_weights_say() -> None:
+    stream = prompt_stream("train", 0, {"counting": 1, "position": 3, "two": 0})
+    counts = Counter(stream.at(i).kind for i in range(2_000))
+    assert set(counts) == {"counting", "position"}
+    assert counts["position"] / counts["counting"] == pytest.approx(3, rel=0.2)
+    equal = prompt_stream("train", 0, {"counting": 2, "position": 2})
+    assert {equal.at(i).kind for i in range(50)} == {"counting", "position"}
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), 0])
+def test_weights_that_are_none_are_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="positive numbers"):
+        prompt_stream("train", 0, {"counting": weight})
