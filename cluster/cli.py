@@ -144,10 +144,11 @@ def methods(as_json: bool, kind: str | None) -> None:
 @click.option("--lora", is_flag=True, help="The adapter alone, as safetensors, instead of a pipeline folder.")
 @click.option(
     "--weights",
-    type=click.Choice(["sampling", "current", "ema"]),
-    default="sampling",
+    type=click.Choice(["evaluated", "sampling", "current", "ema"]),
+    default="evaluated",
     show_default=True,
-    help="sampling: what painted last and was evaluated; current: the newest; ema: learner.ema's average.",
+    help="evaluated: what the run's last evaluation measured; sampling: what painted last; current: the newest; "
+    "ema: learner.ema's average.",
 )
 def export(run: str, out: str | None, lora: bool, weights: Weights) -> None:
     """Write the trained weights of RUN as files that diffusers loads."""

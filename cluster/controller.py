@@ -286,6 +286,8 @@ class Controller:
         if self.stop_requested:
             return
         self.phase = "evaluating after"
+        if self.config.learner.ema is not None:
+            await self.learner.publish(average=True)
         self.after = await self._evaluate(rollout_sampling(self.config), self.config.eval.num_prompts, "after")
 
     async def _evaluate_during(self) -> None:

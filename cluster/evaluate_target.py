@@ -42,7 +42,7 @@ def evaluate_target(target: str, overrides: Sequence[str] = (), config_path: str
     folder = _open_run(target)
     config = load_config(folder.config, overrides)
     refuse(check_evaluation(config))
-    file = weights_file(folder, config, "sampling")
+    file = weights_file(folder, config, "evaluated")
     painter = Painter(config)
     read_weights(painter.policy, file)
     return _judged(config, evaluate_in_process(config, painter, rollout_sampling(config), config.eval.num_prompts))

@@ -18,13 +18,14 @@ from contracts.needs import objective_needs
 if TYPE_CHECKING:
     from policy.policy import Policy
 
-Weights = Literal["sampling", "current", "ema"]
-"""sampling: what the actors painted with last, which the run's last evaluation measured; ema: learner.ema's average."""
+Weights = Literal["evaluated", "sampling", "current", "ema"]
+"""sampling: what the actors painted with last; ema: learner.ema's average; evaluated: what the evaluation at the end of
+a run measures, ema where there is one, else sampling."""
 
 _STATE = "state.json"
 
 
-def export_run(run: str, out: str | None = None, *, lora: bool = False, weights: Weights = "sampling") -> Path:
+def export_run(run: str, out: str | None = None, *, lora: bool = False, weights: Weights = "evaluated") -> Path:
     """Write a pipeline folder, or with `lora` the adapter alone, to `out` (by default <run>/export); returns it.
 
     run: a run folder by local path or fsspec URL (then `out` is required). Raises ConfigError naming what is missing.
@@ -61,6 +62,8 @@ def weights_file(folder: RunFolder, config: RunConfig, weights: Weights) -> Path
 
 def weights_in(state: Path, config: RunConfig, weights: Weights) -> Path:
     """The same in a given state."""
+    if weights == "evaluated":
+        weights = "sampling" if config.learner.ema is None else "ema"
     held = json.loads((state / _STATE).read_text())["snapshots"]
     if weights == "ema" and "ema" not in held:
         raise ConfigError("--weights", "the run kept no average", "set learner.ema in its configuration")

@@ -126,11 +126,11 @@ class LearnerGroup:
             merged.update(part)
         return merged
 
-    async def snapshot(self, version: int, step: int, nodes: Sequence[str]) -> Publication:
-        """The weights after `step` as `version`; nodes: where actors will read them."""
+    async def snapshot(self, version: int, step: int, nodes: Sequence[str], average: bool = False) -> Publication:
+        """The weights after `step` as `version`; nodes: where actors will read them; average: learner.ema's."""
         copies = self.copies if self.lost_broadcasts < MAX_LOST_BROADCASTS else None
         keep = copies is not None
-        refs = [rank.snapshot.options(num_returns=2).remote(version, step, keep) for rank in self.ranks]
+        refs = [rank.snapshot.options(num_returns=2).remote(version, step, keep, average) for rank in self.ranks]
         metas = await self._gather([ref[0] for ref in refs], self.config.learner.hang_timeout_s)
         offer, canary = metas[0]
         if copies is None:

@@ -40,14 +40,15 @@ class LearnerLoop:
         self.max_staleness = 0
         self.copy_processes: list[dict[str, Any]] = []
 
-    async def publish(self, wait: bool = True) -> None:
+    async def publish(self, wait: bool = True, average: bool = False) -> None:
         """Publish the current (or sampling) weights and offer them to every actor; version v follows step v.
 
         wait: until every actor has taken note, so that none paints with what it held before (start, roll-back).
+        average: learner.ema's weights, for the evaluation that ends a run.
         """
         start = time.monotonic()
         context = self.context
-        published = await self.group.snapshot(context.step, context.step, self.fleet.nodes())
+        published = await self.group.snapshot(context.step, context.step, self.fleet.nodes(), average)
         context.store.add(published.offer, published.arrays, published.canary, published.on_nodes)
         context.ledger.published(context.step, published.offer.version)
         context.bell.ring()

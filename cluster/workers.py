@@ -252,12 +252,13 @@ class RankWorker:
         log.end_to_end(start, report.seconds)
         return report.model_copy(update={"spans": log.spans})
 
-    def snapshot(self, version: int, step: int, keep: bool = False) -> tuple[Any, Any]:
+    def snapshot(self, version: int, step: int, keep: bool = False, average: bool = False) -> tuple[Any, Any]:
         """((offer, canary), arrays) on rank 0, (None, None) elsewhere. Called with num_returns=2.
 
-        keep: the arrays stay here for `send`, and their description is returned in their place.
+        average: learner.ema's weights instead of those that paint. keep: the arrays stay here for `send`, and their
+        description is returned in their place.
         """
-        published = self.learner.snapshot(version, step)
+        published = self.learner.snapshot(version, step, average)
         if published is None:
             return None, None
         meta = (published.offer, published.canary_current)

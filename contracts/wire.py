@@ -159,7 +159,7 @@ class WeightOffer(Message):
 
     version: int
     step: int
-    snapshot: Literal["current", "sampling"]
+    snapshot: Literal["current", "sampling", "ema"]
     digest: str
     num_bytes: int
     dtypes: dict[str, str] = Field(default_factory=dict)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from learner.critic import CriticHandle, build_critic
 from learner.distributed import any_rank, check_same_names, init_distributed, sum_over_ranks
 from learner.engines.base import Engine, EngineStep, ParamGroup
 from learner.objectives.base import ModelHandle, ScoreGradient, make_objective
-from learner.snapshots import OLD, Snapshots
+from learner.snapshots import EMA, OLD, Snapshots
 from learner.state import begin_save, load_state, save_state
 from learner.state_writer import PendingSave
 from learner.types import FetchArrays, FetchEmbedding, LossSum, MicroBatch, StepJob
@@ -99,15 +99,17 @@ class RankLearner:
     # -- weights -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def snapshot(self, version: int, step: int) -> Published | None:
+    def snapshot(self, version: int, step: int, average: bool = False) -> Published | None:
         """The weights actors should paint with, as `version` after learner step `step`; None except on rank 0.
 
-        `sampling` is the snapshot `old`, for objectives that paint with it. Tensors are collected one at a time.
+        `sampling` is the snapshot `old`, for objectives that paint with it; average: learner.ema's, for an evaluation.
+        Tensors are collected one at a time.
         """
         sampling = self.needs.paints_with == "sampling"
+        kind: Literal["ema", "sampling", "current"] = "ema" if average else "sampling" if sampling else "current"
         arrays: dict[str, np.ndarray] = {}
         dtypes: dict[str, str] = {}
-        with self.snapshots.use(OLD if sampling else None):
+        with self.snapshots.use({"ema": EMA, "sampling": OLD, "current": None}[kind]):
             for name in self._weight_names:
                 tensor = self.engine.full_live(name)
                 if self.rank == 0:
@@ -122,7 +124,7 @@ class RankLearner:
         offer = WeightOffer(
             version=version,
             step=step,
-            snapshot="sampling" if sampling else "current",
+            snapshot=kind,
             digest=digest_arrays(arrays, dtypes),
             num_bytes=sum(array.nbytes for array in arrays.values()),
             dtypes=dtypes,

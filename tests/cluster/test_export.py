@@ -47,7 +47,7 @@ def test_a_full_run_becomes_a_pipeline_of_its_newest_weights(tmp_path: Path, tin
 
     run = tmp_path / "run"
     _, current = run_with_state(run, tiny_model_folder, "grpo", "full")
-    target = export_run(str(run))
+    target = export_run(str(run), weights="current")
     assert target == run / "export"
     exported = transformer_of(target)
     for name, tensor in current.items():
@@ -65,7 +65,7 @@ def test_what_is_exported_is_what_was_evaluated_unless_asked_otherwise(tmp_path:
     _, current = run_with_state(run, tiny_model_folder, "nft", "full")
     base = transformer_of(tiny_model_folder)
     name = next(iter(current))
-    for weights, expected in (("sampling", base), ("ema", base), ("current", current)):
+    for weights, expected in (("evaluated", base), ("sampling", base), ("ema", base), ("current", current)):
         exported = transformer_of(export_run(str(run), str(tmp_path / weights), weights=weights))
         torch.testing.assert_close(exported[name], expected[name], rtol=0, atol=0)
 
@@ -76,8 +76,8 @@ def test_a_lora_run_becomes_an_adapter_or_a_merged_pipeline(tmp_path: Path, tiny
 
     run = tmp_path / "run"
     run_with_state(run, tiny_model_folder, "grpo", "lora")
-    adapter = export_run(str(run), str(tmp_path / "adapter"), lora=True)
-    merged = export_run(str(run), str(tmp_path / "merged"))
+    adapter = export_run(str(run), str(tmp_path / "adapter"), lora=True, weights="current")
+    merged = export_run(str(run), str(tmp_path / "merged"), weights="current")
     assert [path.name for path in adapter.iterdir()] == ["pytorch_lora_weights.safetensors"]
     settings: dict[str, Any] = {
         "num_inference_steps": 1, "max_sequence_length": 12, "output_type": "latent", "height": 32, "width": 32,

@@ -333,6 +333,20 @@ def test_a_painter_proves_what_the_learner_publishes(
     assert proof.canary_to_previous > proof.canary_to_current
 
 
+def test_the_average_is_published_when_asked_for(build: Any, painted: Painted) -> None:
+    """After the first optimizer step the average has moved by 1 - 1/10 of the way."""
+    learner, job = build("grpo", learner={"engine": "plain", "ema": {"decay": 0.9}})
+    start = weights_of(learner)
+    update(learner, job, painted)
+    usual, average = learner.snapshot(1, 1), learner.snapshot(1, 1, average=True)
+    assert usual is not None
+    assert average is not None
+    assert (usual.offer.snapshot, average.offer.snapshot) == ("current", "ema")
+    now = weights_of(learner)
+    close(average.arrays, {name: 0.1 * start[name] + 0.9 * now[name] for name in now}, atol=1e-6)
+    close(usual.arrays, now, atol=0)
+
+
 def test_nft_publishes_the_snapshot_it_paints_with(build: Any, painted: Painted) -> None:
     """With rate 0.1 old keeps 0.1 of itself after the first optimizer step: neither the start nor the current."""
     learner, job = build({"name": "nft", "decay_rate": 0.1})
