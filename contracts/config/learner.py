@@ -30,7 +30,7 @@ class OptimizerConfig(Section):
 
 
 class EmaConfig(Section):
-    """An average of the trained weights for the evaluation at the end and export; its decay is min((1+t)/(10+t), decay)."""
+    """An average of the trained weights, evaluated at the end and exported. Its decay: min((1+t)/(10+t), decay)."""
 
     decay: float = Field(default=0.9, ge=0, lt=1)
     interval: int = Field(default=1, gt=0, description="optimizer steps between updates")
