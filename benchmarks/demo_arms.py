@@ -59,8 +59,8 @@ class KeepingLearner(RankLearner):
         super().__init__(config, rank, world_size, **more)
         self.keeper = Keeper(Path(os.environ[FOLDER]), float(os.environ[INTERVAL]))
 
-    def snapshot(self, version: int, step: int) -> Published | None:
-        published = super().snapshot(version, step)
+    def snapshot(self, version: int, step: int, average: bool = False) -> Published | None:
+        published = super().snapshot(version, step, average)
         if published is not None and self.keeper.is_due(time.time()):
             self.keeper.keep(time.time(), step, published.arrays, published.offer.dtypes)
         return published

@@ -117,7 +117,7 @@ class WaitingLearner:
         time.sleep(max(0.0, self.times.update_s - fetched))  # reading is part of the stage, as it is for a model
         return StepReport(step=job.step, num_updates=1, metrics={"loss": 0.0}, seconds={"fetch": fetched})
 
-    def snapshot(self, version: int, step: int) -> Published:
+    def snapshot(self, version: int, step: int, average: bool = False) -> Published:
         self.weights[0] = version
         arrays = {"weight": self.weights}
         offer = WeightOffer(

@@ -138,7 +138,7 @@ class TensorLearner:
         del rank, world_size, score_gradient
         self.policy = _Tensors(config)
 
-    def snapshot(self, version: int, step: int) -> Published:
+    def snapshot(self, version: int, step: int, average: bool = False) -> Published:
         from policy.weights import export_arrays
 
         for tensor in self.policy.named.values():

@@ -66,7 +66,7 @@ class ManyShapes:
     def __init__(self, config: RunConfig, rank: int, world_size: int, score_gradient: Any = None) -> None:
         del config, rank, world_size, score_gradient
 
-    def snapshot(self, version: int, step: int) -> Any:
+    def snapshot(self, version: int, step: int, average: bool = False) -> Any:
         from benchmarks.stand_ins import Published
 
         rng = np.random.default_rng(version)

@@ -76,7 +76,7 @@ class ExactLearner:
             self.weights = self.weights + np.float32(0.01) * self.moment
         return StepReport(step=job.step, num_updates=1, metrics={"loss": float(np.abs(self.weights).sum())})
 
-    def snapshot(self, version: int, step: int) -> Published:
+    def snapshot(self, version: int, step: int, average: bool = False) -> Published:
         arrays = {"weight": self.weights.copy()}
         offer = WeightOffer(
             version=version, step=step, snapshot="current", digest=digest_arrays(arrays), num_bytes=4 * SIZE
