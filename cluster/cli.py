@@ -1,4 +1,5 @@
-"""The command line: train, resume, validate, eval, methods, export; report, status, ledger (cli_show.py).
+"""The command line: train, resume, validate, eval, methods, export; report, status, ledger (cli_show.py);
+jury (deployed/cli.py).
 
 Parses, and imports what a command needs only when it runs, so that --help answers at once. A SalonError becomes one
 message and its exit code (contracts.errors.ExitCode); `--debug` shows the traceback. Anything else is a bug and shows
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli_show import COMMANDS
+from cluster.deployed.cli import jury
 from learner.engines.compiled_op import path_with_environment
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def export(run: str, out: str | None, lora: bool, weights: Weights) -> None:
     click.echo(export_run(run, out, lora=lora, weights=weights))
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, jury):
     main.add_command(command)
 
 

@@ -36,7 +36,7 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
     resume: go on with its run folder; parts: other classes for those that hold a model (tests, benchmarks).
     """
     from cluster.lock import refuse_if_running, wait_for_release
-    from cluster.validate import check, check_cluster
+    from cluster.validate import check, check_cluster, check_deployed
 
     if parts is None:
         _refuse(check(config))
@@ -48,7 +48,7 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
     import ray
 
     try:
-        _refuse(check_cluster(config, ray.cluster_resources()))
+        _refuse([*check_cluster(config, ray.cluster_resources()), *check_deployed(config)])
         return _follow(config, show, resume, parts)
     finally:
         if started_here:
@@ -92,13 +92,13 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     """
     threads = str(max(config.rollout.threads, config.learner.threads))
     kept = {name: os.environ[name] for name in {s.token_env for s in config.scorers} if name in os.environ}
-    path = {} if in_job() else {"PYTHONPATH": _import_path()}
+    path = {} if in_job() else {"PYTHONPATH": import_path()}
     stacks = {"SALON_STACKS": f"{config.runs_dir}/{config.name}/stacks"} if "://" not in config.runs_dir else {}
     seen = {"SALON_METRICS_HOST": config.telemetry.metrics_host}
     return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **path, **stacks, **seen, **kept}
 
 
-def _import_path() -> str:
+def import_path() -> str:
     """Where workers look for modules: the user's working directory, Salon's own root, what was set already."""
     root = str(Path(__file__).resolve().parent.parent)
     return os.pathsep.join(dict.fromkeys([os.getcwd(), root, *filter(None, [os.environ.get("PYTHONPATH")])]))

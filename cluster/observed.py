@@ -59,13 +59,18 @@ class Finder:
 
     def _tell(self, context: RunContext, scorers: Sequence[ScorerConfig]) -> None:
         try:
-            self.targets.write(self._known.values(), {scorer.name: scorer.urls for scorer in scorers})
+            self.targets.write(self._known.values(), {scorer.name: _addresses(scorer) for scorer in scorers})
         except OSError as error:
             context.telemetry.event("targets_not_written", path=str(self.targets.path), error=str(error))
 
     def close(self) -> None:
         """The run has ended: nothing of it is to be scraped."""
         self.targets.remove()
+
+
+def _addresses(scorer: ScorerConfig) -> list[str]:
+    """Where its servers tell their series. Behind a deployment's name some replica would answer, another each time."""
+    return [url for url in scorer.urls if url not in scorer.deployments]
 
 
 async def _answer(ref: Any) -> Any:

@@ -49,9 +49,10 @@ class Judge(Protocol):
 
 def make_judge(config: ScorerConfig) -> Judge:
     """The client of one scorer, by HTTP or in this process."""
+    from cluster.deployed.names import resolved
     from reward_servers.client import FunctionScorer, RewardClient
 
-    return FunctionScorer(config) if config.function else RewardClient(config)
+    return FunctionScorer(config) if config.function else RewardClient(resolved(config))
 
 
 class Jury:

@@ -7,6 +7,7 @@ Does not own: unknown keys and wrong types (contracts.config), the checks themse
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from cluster.checks.aggregation import check_aggregation
@@ -52,6 +53,19 @@ def warnings(config: RunConfig) -> list[str]:
 def check_cluster(config: RunConfig, resources: Mapping[str, float]) -> list[ConfigError]:
     """What a live cluster cannot give. resources: ray.cluster_resources()."""
     return list(check_resources(config, resources))
+
+
+def check_deployed(config: RunConfig) -> list[ConfigError]:
+    """The same of scorers named by their deployment, in a process that has joined their Ray cluster."""
+    if not any(scorer.deployments for scorer in config.scorers):
+        return []
+    from cluster.deployed.names import resolved
+
+    try:
+        scorers = tuple(resolved(scorer) for scorer in config.scorers)
+    except ConfigError as error:
+        return [error]
+    return asyncio.run(ask_servers(config.model_copy(update={"scorers": scorers})))
 
 
 async def check_scorers_live(config: RunConfig) -> list[ConfigError]:

@@ -313,10 +313,11 @@ class RankWorker:
 
         if not objective_needs(self.config).reward_gradient:
             return None
+        from cluster.deployed.names import resolved
         from reward_servers.client import SyncRewardClient
 
         trained = next(scorer for scorer in self.scorers if not scorer.held_out)
-        client = SyncRewardClient(trained)
+        client = SyncRewardClient(resolved(trained))
 
         def score(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
             return client.score(images, prompts, metadata, want_gradients=True)

@@ -1,7 +1,8 @@
-"""Command line of reward servers: `python -m reward_servers serve NAME`, `list`, `train CONFIG`, `judge up|probe`.
+"""Command line of reward servers: `python -m reward_servers serve NAME`, `list`, `bench URL`, `train CONFIG`,
+`judge up|probe`.
 
 Imports stay within the commands, so that --help answers at once.
-Does not own: what the commands do (serving, training, judging.cli, contracts.registry).
+Does not own: what the commands do (serving, bench, training, judging.cli, contracts.registry).
 """
 
 from __future__ import annotations
@@ -66,6 +67,57 @@ def list_scorers(as_json: bool) -> None:
         return
     for row in rows:
         click.echo(f"{row['name']:<22}{row['summary']}  ({row['paper']})")
+
+
+@cli.command()
+@click.argument("url")
+@click.option(
+    "--concurrency", default="1,2,4,8,16", show_default=True, help="Callers at once, one level after another."
+)
+@click.option(
+    "--seconds", default=5.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of each level."
+)
+@click.option("--images", default=16, show_default=True, type=click.IntRange(1), help="Images a request.")
+@click.option("--shape", default="512,512,3", show_default=True, help="Of one image (H,W,3) or one latent (C,h,w).")
+@click.option("--prompt", default="a red circle left of a blue square", show_default=True, help="Of every image.")
+@click.option("--metadata", default="{}", show_default=True, help="Of every image, as a YAML or JSON mapping.")
+@click.option("--gradients", is_flag=True, help="Ask for gradients too.")
+@click.option("--token-env", default="SALON_REWARD_TOKEN", show_default=True, help="Variable with the bearer token.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+def bench(url: str, concurrency: str, shape: str, metadata: str, token_env: str, as_json: bool, **given: Any) -> None:
+    """Sweep concurrency against the reward server at URL: waiting times, throughput, batch sizes, failures."""
+    tell_in_one_line(lambda: _bench(url, concurrency, shape, metadata, token_env, as_json, given))
+
+
+def _bench(
+    url: str, concurrency: str, shape: str, metadata: str, token_env: str, as_json: bool, given: dict[str, Any]
+) -> None:
+    import asyncio
+    import json
+
+    import yaml
+
+    from contracts.errors import ConfigError
+    from reward_servers import bench as benching
+
+    levels, sizes, each = _integers(concurrency), _integers(shape), yaml.safe_load(metadata)
+    if not levels or min(levels) < 1:
+        raise ConfigError("concurrency", f"{concurrency!r} is no list of numbers", "write 1,4,16")
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ConfigError("shape", f"{shape!r} is no shape", "write 512,512,3")
+    if not isinstance(each, dict):
+        raise ConfigError("metadata", f"{metadata!r} is no mapping", "write {key: value}")
+    load = benching.Load(shape=(sizes[0], sizes[1], sizes[2]), metadata=each, **given)
+    info, found = asyncio.run(benching.sweep(url, levels, load, token_env))
+    if as_json:
+        click.echo(json.dumps(benching.as_json(url, info, load, found), indent=2))
+    else:
+        benching.show(url, info, load, found)
+
+
+def _integers(text: str) -> list[int]:
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else []
 
 
 def _serve(

@@ -7,6 +7,7 @@
 | GET /livez     | no    | 200, or 503 when one call of the scorer hangs: restart it                                |
 | GET /readyz    | no    | 200, or 503 with the reason: loading, canary failed, queue full, draining                |
 | GET /metrics   | no    | Prometheus text                                                                          |
+| /openapi.json  | no    | all of this for machines (openapi.py)                                                    |
 
 A scorer that raises or answers NaN is no HTTP error: its entries are FAILED in a 200 answer.
 Does not own: parsing and limits (intake), the queue (batching), sockets and signals (serving).
@@ -29,6 +30,7 @@ from starlette.exceptions import HTTPException
 
 from contracts.errors import ScoringError
 from contracts.scores import ScorerInfo, ScoreTable
+from reward_servers import openapi
 from reward_servers.batching import Batcher, QueueFull
 from reward_servers.intake import Refusal, parse, read_body
 from reward_servers.isolation import score_isolated
@@ -40,7 +42,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MEDIA_TYPE = "application/vnd.salon.score"
 _LARGE_BYTES = 2**20
 
 
@@ -155,16 +156,17 @@ async def _disconnected(request: Request) -> None:
 
 def build_app(service: Service) -> FastAPI:
     """The application of one service. Interactive documentation is off: the one body type is binary."""
-    app = FastAPI(title=f"Salon scorer {service.scorer.name}", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title=f"Salon scorer {service.scorer.name}", docs_url=None, redoc_url=None)
+    openapi.describe(app)
 
-    @app.post("/v1/score")
+    @app.post("/v1/score", **openapi.SCORE)
     async def score(request: Request) -> Response:
         start = time.monotonic()
         response = await _answer(service, request, lambda: service.score(request))
         service.telemetry.request(response.status_code, time.monotonic() - start)
         return response
 
-    @app.get("/v1/info")
+    @app.get("/v1/info", **openapi.INFO)
     async def info(request: Request) -> Response:
         async def body() -> bytes:
             if not service.loaded:
@@ -173,17 +175,17 @@ def build_app(service: Service) -> FastAPI:
 
         return await _answer(service, request, body, "application/json")
 
-    @app.get("/livez")
+    @app.get("/livez", **openapi.LIVE)
     async def livez() -> Response:
         hangs = service.batcher.busy_seconds > service.settings.stall_seconds
         return PlainTextResponse("the scorer hangs" if hangs else "ok", 503 if hangs else 200)
 
-    @app.get("/readyz")
+    @app.get("/readyz", **openapi.READY)
     async def readyz() -> Response:
         reason = service.not_ready()
         return PlainTextResponse(reason or "ok", 503 if reason else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", **openapi.METRICS)
     async def metrics() -> Response:
         return PlainTextResponse(service.telemetry.exposition(), media_type="text/plain; version=0.0.4")
 
@@ -195,7 +197,7 @@ def build_app(service: Service) -> FastAPI:
 
 
 async def _answer(
-    service: Service, request: Request, make: Callable[[], Awaitable[bytes]], media_type: str = MEDIA_TYPE
+    service: Service, request: Request, make: Callable[[], Awaitable[bytes]], media_type: str = openapi.MEDIA_TYPE
 ) -> Response:
     """The bytes that `make` yields, or the JSON of what went wrong; never a traceback to the caller."""
     try:

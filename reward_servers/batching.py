@@ -70,12 +70,18 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._seconds_per_image = 0.0
         self._busy_since: float | None = None
+        self._in_call = 0
         self.draining = False
 
     @property
     def depth(self) -> int:
         """Images waiting."""
         return sum(len(work.batch) for work in self._queue)
+
+    @property
+    def held(self) -> int:
+        """Images waiting or being scored: what autoscaling counts, as it does not fall while the scorer works."""
+        return self.depth + self._in_call
 
     @property
     def idle(self) -> bool:
@@ -168,6 +174,7 @@ class Batcher:
 
     async def _score(self, works: list[Work]) -> None:
         self._busy_since = start = time.monotonic()
+        self._in_call = num_images = sum(len(work.batch) for work in works)
         try:
             table = await self.call(lambda: score_isolated(self._scorer, _joined([work.batch for work in works])))
             assert table is not None
@@ -177,8 +184,7 @@ class Batcher:
                 if not work.result.done():
                     work.result.set_exception(error)
         finally:
-            seconds, self._busy_since = time.monotonic() - start, None
-            num_images = sum(len(work.batch) for work in works)
+            seconds, self._busy_since, self._in_call = time.monotonic() - start, None, 0
             self._seconds_per_image = 0.7 * self._seconds_per_image + 0.3 * seconds / num_images
             self._on_batch(num_images, seconds)
 

@@ -143,9 +143,9 @@ def _metadata_way_out(missing: Sequence[str]) -> str:
 
 
 async def ask_servers(config: RunConfig) -> list[ConfigError]:
-    """Ask every reward server given by URL what it is, and compare. Takes at most ASK_TIMEOUT_S."""
+    """Ask every reward server given by URL alone what it is, and compare. Takes at most ASK_TIMEOUT_S."""
     async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, follow_redirects=False) as client:
-        answers = [_ask(client, config, i, s) for i, s in enumerate(config.scorers) if s.urls]
+        answers = [_ask(client, config, i, s) for i, s in enumerate(config.scorers) if s.urls and not s.deployments]
         return [error for errors in await asyncio.gather(*answers) for error in errors]
 
 

@@ -13,7 +13,10 @@ class ScorerConfig(Section):
     """One member of the jury, reached in exactly one of three ways: url, serve or function."""
 
     name: str = Field(description="its name in tables, metrics and reports")
-    urls: tuple[str, ...] = Field(default=(), description="running reward servers (replicas of one scorer)")
+    urls: tuple[str, ...] = Field(
+        default=(),
+        description="running reward servers (replicas of one scorer), or names of deployed ones (`cluster jury`)",
+    )
     serve: str | None = Field(
         default=None, description="a scorer of `reward_servers list` or module:Class that the run serves by itself"
     )
@@ -39,6 +42,11 @@ class ScorerConfig(Section):
     breaker_failures: int = Field(default=5, gt=0, description="consecutive failures that open the circuit")
     breaker_reset_s: float = Field(default=5.0, gt=0, description="seconds an open circuit waits before a probe")
     token_env: str = Field(default="SALON_REWARD_TOKEN", description="environment variable with the bearer token")
+
+    @property
+    def deployments(self) -> tuple[str, ...]:
+        """Those of `urls` that are names of deployed scorers."""
+        return tuple(entry for entry in self.urls if "://" not in entry)
 
     @model_validator(mode="after")
     def _one_way(self) -> ScorerConfig:

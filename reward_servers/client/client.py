@@ -73,7 +73,7 @@ class RewardClient:
             refused=self._doubt_info,
         )  # fmt: skip
         self._http = httpx.AsyncClient(
-            headers=_headers(config.token_env), timeout=None, trust_env=False, follow_redirects=False,
+            headers=headers_with_token(config.token_env), timeout=None, trust_env=False, follow_redirects=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
         )  # fmt: skip
 
@@ -228,7 +228,8 @@ def _until(deadline: float) -> asyncio.Timeout:
     return asyncio.timeout(max(0.0, deadline - time.monotonic()))
 
 
-def _headers(token_env: str) -> dict[str, str]:
+def headers_with_token(token_env: str) -> dict[str, str]:
+    """What every request carries, with the bearer token of that variable where it is set."""
     token = os.environ.get(token_env)
     headers = {"Accept-Encoding": "identity", "Content-Type": "application/vnd.salon.score"}
     return headers | ({"Authorization": f"Bearer {token}"} if token else {})
