@@ -59,7 +59,10 @@ class NFTConfig(Section):
     )  # fmt: skip
     kl_beta: float = Field(default=1e-4, ge=0)
     draws: int | None = Field(default=None, gt=0, description="times a sample; None: every rollout step but the last")
-    time_grid: Literal["rollout", "uniform"] = Field(default="rollout", description="times: rollout sigmas or uniform")
+    time_grid: Literal["rollout", "interpolated", "uniform"] = Field(
+        default="rollout", description="times: the rollout's levels but the last, or all that lie between its levels "
+        "(down to 0, stratified over the draws), or uniform",
+    )  # fmt: skip
     noise_per: Literal["sample", "group"] = Field(
         default="sample", description="group: the samples of a group share times and noise, which cancels what is "
         "common to them, as centred advantages sum to 0",

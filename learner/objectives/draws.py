@@ -42,6 +42,21 @@ def grid_times(batch: MicroBatch, run_seed: int, draw: int) -> Tensor:
     return _per_row(batch, level)
 
 
+def interpolated_times(batch: MicroBatch, run_seed: int, draw: int, draws: int) -> Tensor:
+    """fp32 [B], from MIN_TIME up: the rollout's levels, linear between them, at a place in stratum `draw` of `draws`.
+
+    Every step of the rollout is as likely, the last one, down to 0, included.
+    """
+    levels = batch.sigmas.detach().float().cpu()
+
+    def time(key: int) -> Tensor:
+        place = (draw + torch.rand((), generator=_times(batch, run_seed, key, draw))) / draws * (len(levels) - 1)
+        step = min(int(place), len(levels) - 2)
+        return torch.lerp(levels[step], levels[step + 1], place - step).clamp(min=MIN_TIME)
+
+    return _per_row(batch, time)
+
+
 def uniform_times(batch: MicroBatch, run_seed: int, draw: int) -> Tensor:
     """fp32 [B], uniform on (MIN_TIME, 1]."""
     return _per_row(

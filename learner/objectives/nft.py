@@ -24,7 +24,7 @@ from torch import Tensor
 
 from contracts.config.objectives import NFTConfig
 from learner.objectives.base import Means, ModelHandle, Objective, declared
-from learner.objectives.draws import grid_times, keyed_by_group, noise, uniform_times
+from learner.objectives.draws import grid_times, interpolated_times, keyed_by_group, noise, uniform_times
 from learner.objectives.matching import Noised, mean_square, per_row, stack_draws, velocity
 from learner.types import LossSum, MicroBatch, StepJob
 
@@ -51,10 +51,15 @@ class NFT(Objective[NFTConfig]):
     def noised(self, batch: MicroBatch, draw: int) -> Noised:
         """The rows at their draw number `draw`: fresh time and noise for each row, or for each group."""
         assert batch.clean is not None
-        times = grid_times if self.config.time_grid == "rollout" else uniform_times
-        seed = self.context.run_seed
         keyed = batch if self.config.noise_per == "sample" else keyed_by_group(batch)
-        return Noised.of(batch.clean, times(keyed, seed, draw), noise(keyed, seed, draw))
+        return Noised.of(batch.clean, self._times(keyed, draw), noise(keyed, self.context.run_seed, draw))
+
+    def _times(self, batch: MicroBatch, draw: int) -> Tensor:
+        seed = self.context.run_seed
+        if self.config.time_grid == "interpolated":
+            return interpolated_times(batch, seed, draw, self.num_passes(batch))
+        times = grid_times if self.config.time_grid == "rollout" else uniform_times
+        return times(batch, seed, draw)
 
     def optimality(self, advantage: Tensor) -> Tensor:
         """r, float64: in [0,1], and sample_pull/(2c) above that with a pull."""

@@ -226,6 +226,29 @@ def test_nft_noise_per_group_takes_what_samples_share_out_of_the_gradient():
     assert norms["sample"] > 1e-3
 
 
+def test_nft_interpolated_times_reach_every_step_of_the_rollout_down_to_zero():
+    policy, draws = toy_policy(), 3
+    batch = painted(policy)
+    objective = nft(policy, time_grid="interpolated", draws=draws)[0]
+    levels = batch.sigmas
+    strata = interpolated_strata(levels, draws)
+    seen = []
+    for step in range(60):
+        for draw in range(draws):
+            times = objective.noised(replace(batch, step=step), draw).s
+            assert ((times >= strata[draw + 1] - 1e-6) & (times <= strata[draw] + 1e-6)).all()
+            seen.append(times)
+    counts = torch.bucketize(torch.cat(seen), levels[1:-1].flip(0)).bincount(minlength=len(levels) - 1)
+    assert (counts / counts.sum() - 1 / (len(levels) - 1)).abs().max() < 0.05
+
+
+def interpolated_strata(levels, draws):
+    """The times between which each draw lies, the first the noisiest."""
+    places = torch.arange(draws + 1) / draws * (len(levels) - 1)
+    steps = places.long().clamp(max=len(levels) - 2)
+    return torch.lerp(levels[steps], levels[steps + 1], places - steps)
+
+
 # -- dpo
 
 
