@@ -2,6 +2,7 @@
 #
 # PYTHON             the interpreter that makes .venv (3.11 or newer)
 # SALON_CONSTRAINTS  pip constraints; constraints-cpu.txt unless set, empty for none
+# WORKERS            processes that run the tests: they wait more than they compute
 # CONFIG, ARGS       `make demo CONFIG=configs/playground_grpo.yaml ARGS="seed=1 stop.steps=5"`
 
 SHELL := /bin/bash
@@ -10,6 +11,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 SALON_CONSTRAINTS ?= constraints-cpu.txt
+WORKERS ?= 2
 CONFIG ?= configs/demo.yaml
 ARGS ?=
 PY := .venv/bin/python
@@ -52,8 +54,8 @@ ifneq ($(HAS_CXX),yes)
 endif
 	@$(PY) -m cluster train $(CONFIG) exist=replace $(if $(HAS_CXX),,learner.engine=plain) $(ARGS)
 
-test: $(STAMP)  ## run the tests
-	@$(PY) -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests, as many at a time as WORKERS says
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## ruff, import rules, mypy
 	.venv/bin/ruff check .
