@@ -32,7 +32,7 @@ from contracts.errors import ScoringError
 from contracts.scores import ScorerInfo, ScoreTable
 from reward_servers import openapi
 from reward_servers.batching import Batcher, QueueFull
-from reward_servers.intake import Refusal, parse, read_body
+from reward_servers.intake import Job, Refusal, parse, read_body
 from reward_servers.isolation import score_isolated
 from reward_servers.scorers.base import Scorer
 from reward_servers.settings import ServerSettings
@@ -103,7 +103,7 @@ class Service:
         """The answer to one request. Raises Refusal."""
         self._admit()
         body = await read_body(request.stream(), request.headers.get("content-length"), self.settings)
-        job = await _aside(len(body), lambda: parse(body, self.scorer, self.settings))
+        job = await self._job(body)
         self._admit()
         wait = min(job.header.deadline_s or math.inf, self.settings.max_seconds)
         try:
@@ -112,8 +112,20 @@ class Service:
             raise Refusal(429, str(error), error.retry_after_s) from error
         tables = await _results(request, futures, wait)
         table, answer = await _aside(len(body), lambda: job.answer(tables))
+        if job.header.version not in ("latest", table.version):  # another was taken up while the request waited
+            raise Refusal(409, f"version {job.header.version!r} is gone; this server has {self.scorer.version!r}")
         self.telemetry.answered(table)
         return answer
+
+    async def _job(self, body: bytes) -> Job:
+        """A request parsed; the version it asks for may only just have come. Raises Refusal."""
+        try:
+            return await _aside(len(body), lambda: parse(body, self.scorer, self.settings))
+        except Refusal as refusal:
+            if refusal.status != 409 or not self.scorer.follows:
+                raise
+        await self.batcher.call(self.scorer.refresh)
+        return await _aside(len(body), lambda: parse(body, self.scorer, self.settings))
 
     def _admit(self) -> None:
         """Turns a request away before its body is read, or queued, when it could not be served now."""
@@ -171,6 +183,8 @@ def build_app(service: Service) -> FastAPI:
         async def body() -> bytes:
             if not service.loaded:
                 raise Refusal(503, "loading", 1.0)
+            if service.scorer.follows and service.batcher.idle:
+                await service.batcher.call(service.scorer.refresh)
             return service.info().model_dump_json().encode()
 
         return await _answer(service, request, body, "application/json")

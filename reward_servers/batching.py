@@ -107,7 +107,7 @@ class Batcher:
         return [work.result for work in works]
 
     async def call(self, function: Callable[[], ScoreTable | None]) -> ScoreTable | None:
-        """Run something in the scorer's thread (loading, the canary)."""
+        """Run something in the scorer's thread (loading, the canary, taking up a version)."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def run(self) -> None:
@@ -176,7 +176,7 @@ class Batcher:
         self._busy_since = start = time.monotonic()
         self._in_call = num_images = sum(len(work.batch) for work in works)
         try:
-            table = await self.call(lambda: score_isolated(self._scorer, _joined([work.batch for work in works])))
+            table = await self.call(lambda: self._fresh_table(_joined([work.batch for work in works])))
             assert table is not None
             _hand_out(works, table)
         except Exception as error:  # a defect of this server, not of the scorer: its callers get 500, the rest goes on
@@ -187,6 +187,12 @@ class Batcher:
             seconds, self._busy_since, self._in_call = time.monotonic() - start, None, 0
             self._seconds_per_image = 0.7 * self._seconds_per_image + 0.3 * seconds / num_images
             self._on_batch(num_images, seconds)
+
+    def _fresh_table(self, batch: ScoreBatch) -> ScoreTable:
+        """Between two batches, and never within one, a scorer takes up weights that changed."""
+        if self._scorer.follows:
+            self._scorer.refresh()
+        return score_isolated(self._scorer, batch)
 
 
 def _joined(batches: list[ScoreBatch]) -> ScoreBatch:

@@ -115,7 +115,8 @@ def _explain(item: Any) -> ConfigError:
 
 def _is_tag(location: Sequence[int | str], place: int) -> bool:
     """Whether the part at `place` is a variant's name that pydantic put there, and no key of the file."""
-    return place > 0 and location[place - 1] in ("objective", "aggregation")
+    in_list = place > 1 and location[place - 2] == "online" and isinstance(location[place - 1], int)
+    return place > 0 and (location[place - 1] in ("objective", "aggregation") or in_list)
 
 
 def _did_you_mean(location: Sequence[int | str]) -> str:

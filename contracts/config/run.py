@@ -11,6 +11,7 @@ from contracts.config.checkpoint import CheckpointConfig
 from contracts.config.learner import LearnerConfig, PipelineConfig, VaultConfig, WeightsConfig
 from contracts.config.model import ModelConfig
 from contracts.config.objectives import CreditConfig, ObjectiveConfig
+from contracts.config.online import OnlineConfig
 from contracts.config.rollout import EvalConfig, PromptsConfig, RolloutConfig, SamplerConfig
 from contracts.config.scoring import RewardConfig, ScorerConfig
 
@@ -72,6 +73,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
     reward: RewardConfig = RewardConfig()
+    online: tuple[OnlineConfig, ...] = Field(default=(), description="scorers that learn beside the run")
     credit: CreditConfig = CreditConfig()
     objective: ObjectiveConfig
     learner: LearnerConfig = LearnerConfig()

@@ -179,6 +179,29 @@ class ArtifactOptions(DeviceOptions):
     )
 
 
+class AdversarialDinoOptions(DinoOptions):
+    """Adv-GRPO's discriminator, whose head learns beside the run (`online`)."""
+
+    versions: str | None = Field(default=None, description="folder of its versions; null: the run's own")
+    size: int | None = Field(default=518, gt=0, description="pixels a side that DINO reads; null: the model's own")
+    patches: int = Field(default=64, gt=0, description="patch tokens drawn at random")
+    patch_share: float = Field(default=0.3, ge=0, le=1, description="of the patches in the reward; CLS has the rest")
+
+
+class GuardedPickScoreOptions(PickScoreOptions):
+    """PickScore whose last vision layers learn beside the run (`online`)."""
+
+    versions: str | None = Field(default=None, description="folder of its versions; null: the run's own")
+
+
+class DistilledOptions(ClipOptions):
+    """A head on CLIP features that learns from a slow judge beside the run (`online`)."""
+
+    versions: str | None = Field(default=None, description="folder of its versions; null: the run's own")
+    min_labels: int = Field(default=32, ge=0, description="labels before it says anything")
+    novelty: float = Field(default=0.0, ge=0, description="rewards are divided by (images alike in the group)^novelty")
+
+
 class ConsistencyOptions(DinoOptions):
     """How well an image fits the others of its group."""
 
@@ -203,6 +226,9 @@ SCORER_OPTIONS: dict[str, type[Section]] = {
     "attrictrl_clip": AttriCtrlClipOptions,
     "latent": LatentOptions,
     "artifact": ArtifactOptions,
+    "adversarial_dino": AdversarialDinoOptions,
+    "guarded_pickscore": GuardedPickScoreOptions,
+    "distilled": DistilledOptions,
     **JUDGE_SCORER_OPTIONS,
 }
 """Registry name of a scorer -> the options it takes."""

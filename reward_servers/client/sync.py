@@ -14,6 +14,7 @@ from contracts.config.scoring import ScorerConfig
 from contracts.declarations import ScorerGives
 from contracts.scores import ScorerInfo, ScoreTable
 from reward_servers.client.client import RewardClient
+from reward_servers.client.function import FunctionScorer
 from reward_servers.client.parts import Images
 from reward_servers.client.stats import ClientStats
 
@@ -21,13 +22,13 @@ T = TypeVar("T")
 
 
 class SyncRewardClient:
-    """RewardClient with blocking calls; the same arguments and the same promises."""
+    """RewardClient (or a function's FunctionScorer) with blocking calls; the same arguments and the same promises."""
 
     def __init__(
         self, config: ScorerConfig, *, urls: Sequence[str] | None = None, gives: ScorerGives | None = None
     ) -> None:
         self.config = config
-        self._client = RewardClient(config, urls=urls, gives=gives)
+        self._client = FunctionScorer(config) if config.function else RewardClient(config, urls=urls, gives=gives)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name=f"reward-{config.name}")
         self._thread.start()

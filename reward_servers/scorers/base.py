@@ -83,6 +83,7 @@ class Scorer(ABC):
     higher_is_better: bool = True
     value_range: tuple[float | None, float | None] = (None, None)
     weight_digest: str = ""
+    follows: ClassVar[bool] = False  # its weights come in versions: `refresh` takes up the newest
     meter: Meter = staticmethod(no_meter)
     """Counts into the server's /metrics: `self.meter("salon_judge_tokens_total", 12, direction="read")`."""
 
@@ -92,6 +93,9 @@ class Scorer(ABC):
     def canary(self) -> ScoreBatch:
         """A small batch that must be scored before the server calls itself ready: one grey 32x32 image."""
         return ScoreBatch(np.full((1, 32, 32, 3), 128, np.uint8), ("a grey square",), ({},))
+
+    def refresh(self) -> None:  # noqa: B027  (most scorers never change)
+        """Take up weights that changed meanwhile. Called in the scorer's thread before each batch, if it `follows`."""
 
     def unready(self) -> str | None:
         """Why this scorer cannot serve just now though it is loaded (what it depends on is away), or None."""

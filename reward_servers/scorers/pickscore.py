@@ -5,7 +5,7 @@ Flow-GRPO and others divide it by 26: that is a weight of 1/26 in the run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from contracts.config.scorers import PickScoreOptions
 from reward_servers.scorers.base import ScoreBatch, declared
@@ -14,8 +14,19 @@ from reward_servers.scorers.parts.model_scorer import D, TorchScorer
 if TYPE_CHECKING:
     import torch
 
+    from reward_servers.scorers.parts.preprocess import Preprocess
+    from reward_servers.scorers.parts.towers import Towers
+
 PICKSCORE_V1 = "yuvalkirstain/PickScore_v1"
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose tokenizer and image processor its authors load
+
+
+def load_pickscore(options: PickScoreOptions) -> tuple[Towers, Preprocess]:
+    """The towers, with the tokenizer and image processor that go with them."""
+    from reward_servers.scorers.parts.towers import load_clip
+
+    processor = options.processor or (LAION_H if options.model == PICKSCORE_V1 else options.model)
+    return load_clip(options.model, options, processor)
 
 
 class PickScoreModel(TorchScorer[D]):
@@ -24,11 +35,7 @@ class PickScoreModel(TorchScorer[D]):
     paper = "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation (2305.01569)"
 
     def load(self) -> None:
-        from reward_servers.scorers.parts.towers import load_clip
-
-        model, processor = self.options.model, self.options.processor  # type: ignore[attr-defined]
-        processor = processor or (LAION_H if model == PICKSCORE_V1 else model)
-        self.towers, self.preprocess = load_clip(model, self.options, processor)
+        self.towers, self.preprocess = load_pickscore(cast(PickScoreOptions, self.options))
         self.weighed(self.towers.network)
 
     def forward(self, pixels: torch.Tensor, batch: ScoreBatch) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from online_kit import adversarial, distilled, flat, guarded, publish, write_references
 from reward_helpers import post, score_body, served
 from scorer_models import (
     ask,
@@ -67,7 +68,25 @@ def options_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]
         "artifact": [f"model={build_vlm(root / 'vlm')}", "min_mass=0"],
         "ocr": ["engine=test_scorer_pixels:read_first_pixel"],
         "attrictrl_target": [f"calibration={calibration}"],
+        **online_options(root, clip, dino),
     }
+
+
+def online_options(root: Path, clip: Path, dino: Path) -> dict[str, list[str]]:
+    """Of the scorers whose weights come in versions: each with the one its trainer starts from."""
+    references = write_references(root / "references", flat((200, 0, 0)))
+    trainers = {
+        "adversarial_dino": (adversarial(references, dino), [f"model={dino}", "size=null"]),
+        "guarded_pickscore": (guarded(references, clip), [f"model={clip}"]),
+        "distilled": (distilled("judges_of_tests:redness", clip), [f"model={clip}"]),
+    }
+    options = {}
+    for name, (trainer, given) in trainers.items():
+        trainer.load()
+        publish(root / name, trainer)
+        trainer.close()
+        options[name] = [*given, f"versions={root / name}"]
+    return options
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=Section)
 D = TypeVar("D", bound=DeviceOptions)
 
-_NOT_IN_THE_SCORE = {"device", "revision", "model", "processor", "head", "tokenizer", "detector", "colour_model"}
+_NOT_IN_THE_SCORE = {"device", "revision", "model", "processor", "head", "tokenizer", "detector", "colour_model",
+                     "versions"}  # fmt: skip
 
 
 class OptionScorer(Scorer, Generic[S]):
