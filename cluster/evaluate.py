@@ -61,7 +61,7 @@ def rollout_sampling(config: RunConfig) -> EvalSampling:
     """Sampling of the trained policy: eval.sampling, else the rollout's schedule and guidance as an ODE."""
     sampler = config.sampler
     return config.eval.sampling or EvalSampling(
-        steps=sampler.steps, shift=sampler.shift, guidance_scale=sampler.guidance_scale
+        steps=sampler.steps, shift=sampler.shift, guidance_scale=sampler.guidance_scale, order=sampler.order
     )
 
 

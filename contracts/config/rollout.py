@@ -42,6 +42,9 @@ class SamplerConfig(Section):
     )
     window: WindowConfig | None = Field(default=None, description="None: every step but the last is stochastic")
     guidance_scale: float = Field(default=1.0, ge=0, description="classifier-free guidance; 1 is none")
+    order: Literal[1, 2] = Field(
+        default=1, description="of deterministic steps: 1 Euler, 2 Adams-Bashforth (fewer steps for the same picture)"
+    )
 
     @model_validator(mode="after")
     def _window_fits(self) -> SamplerConfig:
@@ -83,6 +86,7 @@ class EvalSampling(Section):
     steps: int = Field(gt=0)
     shift: float = Field(gt=0)
     guidance_scale: float = Field(default=1.0, ge=0)
+    order: Literal[1, 2] = Field(default=1, description="1 Euler, 2 Adams-Bashforth")
 
 
 class EvalConfig(Section):

@@ -13,7 +13,7 @@ from torch import Tensor
 from contracts.config.rollout import SamplerConfig
 from policy import schedule
 from policy.policy import Policy
-from policy.rollout import paint, paint_with_gradient, seeded_noise
+from policy.rollout import Previous, extrapolated, paint, paint_with_gradient, seeded_noise
 from policy.types import EmbeddingBatch
 
 Load = Callable[..., Policy]
@@ -171,3 +171,55 @@ def test_steps_before_the_truncation_contribute_exactly_nothing(truncation: int)
     assert clean.item() == pytest.approx(factor**3 * x0, rel=1e-5)
     assert policy.w.grad is not None
     assert policy.w.grad.item() == pytest.approx(expected, rel=1e-4)
+
+
+# -- order
+
+
+def test_extrapolation_is_exact_for_velocities_linear_in_time_over_uneven_steps() -> None:
+    """x' = 3 - 2 s integrates to 3 s - s^2; the first step, Euler's, is replaced by the exact one."""
+    levels = schedule.sigmas(6, 3.0).astype(float)
+
+    def exact(s: float) -> float:
+        return 3 * s - s * s
+
+    def slope(s: float) -> Tensor:
+        return torch.tensor([3 - 2 * s], dtype=torch.float64)
+
+    x, previous = exact(levels[1]), Previous(slope(levels[0]), levels[1] - levels[0])
+    for s, s_next in zip(levels[1:-1], levels[2:], strict=True):
+        x += (s_next - s) * float(extrapolated(slope(s), s_next - s, previous))
+        assert x == pytest.approx(exact(s_next), abs=1e-12)
+        previous = Previous(slope(s), s_next - s)
+
+
+def test_a_first_step_is_eulers() -> None:
+    v = torch.ones(2)
+    assert extrapolated(v, -0.1, None) is v
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_second_order_steps_come_nearer_to_the_ode_than_eulers(load_policy: Load, gradient: bool) -> None:
+    policy = load_policy(trainable=gradient)
+    cond = batch(policy, "a red circle", 2)
+
+    def painted(steps: int, order: int) -> Tensor:
+        config = SamplerConfig(name="ode", steps=steps, order=order)
+        if gradient:
+            return paint_with_gradient(policy, cond, None, config, [7, 8], 0, False).detach()
+        return paint(policy, cond, None, config, [], [7, 8], [[], []], record=False).clean
+
+    exact = painted(96, 2)
+    euler, second = (float((painted(8, order) - exact).norm()) for order in (1, 2))
+    assert second < 0.5 * euler
+
+
+def test_order_leaves_stochastic_steps_alone(load_policy: Load) -> None:
+    policy = load_policy(trainable=False)
+    cond, seeds = batch(policy, "a red circle", 2), [[1, 2, 3], [4, 5, 6]]
+    runs = [
+        paint(policy, cond, None, SamplerConfig(steps=4, order=order), [0, 1, 2], [7, 8], seeds, record=True)
+        for order in (1, 2)
+    ]
+    assert torch.equal(runs[0].states, runs[1].states)
+    assert torch.equal(runs[0].clean, runs[1].clean)
