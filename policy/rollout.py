@@ -50,7 +50,7 @@ class Previous:
 
 
 def extrapolated(v: Tensor, width: float, previous: Previous | None) -> Tensor:
-    """The mean velocity over a step of `width`, from its start's and the previous step's: v + (v - v_prev) h/(2 h_prev).
+    """The mean velocity over a step of width h, from its start and the previous step's: v + (v - v_prev) h/(2 h_prev).
 
     The two-step Adams-Bashforth rule for steps of different widths: of second order for one call of the network a step
     (Hairer, Norsett, Wanner, Solving ODEs I, III.5). Without a previous step it is Euler's.

@@ -2,6 +2,7 @@
 
     python -m playground.train.choose .cache/pretrain                       # compares snapshots
     python -m playground.train.choose .cache/pretrain --snapshot step-06000 # exports one
+    python -m playground.train.choose --measure                             # looks for the base's settings again
 
 Settings are chosen on validation prompts; test prompts are looked at once, for the figures.
 """
@@ -24,7 +25,7 @@ from playground.train.sample import Settings, strict_by_kind
 from playground.world.captions import Spec
 from playground.world.prompts import held_out_prompts
 
-SHIFTS, GUIDANCE, STEPS = (1.0, 2.0, 3.0, 4.5), (1.0, 2.0, 3.0, 4.5), (8, 16)
+SHIFTS, GUIDANCE, STEPS, ORDERS = (1.0, 2.0, 3.0, 4.5), (1.0, 2.0, 3.0, 4.5), (8, 16, 28), (1, 2)
 NUM_COARSE, NUM_FINE, NUM_TEST = 150, 400, 1_000
 NUM_FINALISTS = 3
 
@@ -49,11 +50,15 @@ def rank(
 def best_settings(pipeline: DiffusionPipeline) -> list[dict[str, Any]]:
     """The finalists on validation prompts, the best first.
 
-    Shift and guidance are swept at the fewest steps; the best of them compete at every number of steps.
+    Shift and guidance are swept at the fewest steps; the best of them compete at every number and order of steps.
     """
     sweep = [Settings(min(STEPS), *each) for each in product(SHIFTS, GUIDANCE)]
     coarse = rank(pipeline, sweep, held_out_prompts("validation", NUM_COARSE, seed=1), seed=1_000)
-    finalists = [replace(settings, steps=steps) for _, settings in coarse[:NUM_FINALISTS] for steps in STEPS]
+    finalists = [
+        replace(settings, steps=steps, order=order)
+        for _, settings in coarse[:NUM_FINALISTS]
+        for steps, order in product(STEPS, ORDERS)
+    ]
     fine = rank(pipeline, finalists, held_out_prompts("validation", NUM_FINE, seed=2), seed=2_000)
     return [{**asdict(settings), "strict": round(accuracy, 4)} for accuracy, settings in fine]
 
@@ -73,9 +78,21 @@ def export(snapshot: Path, out: Path) -> None:
     """Writes the snapshot in fp16, its best shift in the scheduler, and `salon.json`: settings, figures, provenance."""
     # What is measured is what is shipped: the weights after rounding to fp16.
     load(snapshot, torch.float16).save_pretrained(out)
+    provenance = {
+        "script": "playground.train.pretrain",
+        "snapshot": snapshot.name,
+        "weights": "exponential moving average, rounded to fp16",
+        "run": json.loads((snapshot.parent / "run.json").read_text()),
+        "torch": torch.__version__,
+    }
+    measure(out, provenance)
+
+
+def measure(out: Path, provenance: dict[str, Any]) -> None:
+    """Finds the best settings of a base and writes them, with its figures, to its `salon.json` and scheduler."""
     pipeline = load(out)
     finalists = best_settings(pipeline)
-    chosen = Settings(*(finalists[0][key] for key in ("steps", "shift", "guidance_scale")))
+    chosen = Settings(*(finalists[0][key] for key in ("steps", "shift", "guidance_scale", "order")))
     FlowMatchEulerDiscreteScheduler(shift=chosen.shift).save_pretrained(out / "scheduler")
     test = strict_by_kind(pipeline, held_out_prompts("test", NUM_TEST, seed=3), chosen, seed=3_000)
     measured = {
@@ -88,13 +105,7 @@ def export(snapshot: Path, out: Path) -> None:
         "eval": asdict(chosen),
         "max_sequence_length": TEXT_TOKENS,
         "measured": measured,
-        "provenance": {
-            "script": "playground.train.pretrain",
-            "snapshot": snapshot.name,
-            "weights": "exponential moving average, rounded to fp16",
-            "run": json.loads((snapshot.parent / "run.json").read_text()),
-            "torch": torch.__version__,
-        },
+        "provenance": provenance,
     }
     (out / "salon.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(measured["test_strict"], indent=2))
@@ -102,12 +113,17 @@ def export(snapshot: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="what pretrain was given as --out")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path(".cache/pretrain"), help="what pretrain was given as --out"
+    )
     parser.add_argument("--snapshot", help="the one to export, e.g. step-06000")
+    parser.add_argument("--measure", action="store_true", help="find the settings of the base in --out again")
     parser.add_argument("--out", type=Path, default=Path("playground/base"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.snapshot:
+    if args.measure:
+        measure(args.out, json.loads((args.out / "salon.json").read_text())["provenance"])
+    elif args.snapshot:
         export(args.folder / args.snapshot, args.out)
     else:
         compare(args.folder)
