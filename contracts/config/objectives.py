@@ -63,6 +63,10 @@ class NFTConfig(Section):
         default="rollout", description="times: the rollout's levels but the last, or all that lie between its levels "
         "(down to 0, stratified over the draws), or uniform",
     )  # fmt: skip
+    error: Literal["self_normalised", "velocity"] = Field(
+        default="self_normalised", description="of the implicit policies: in x_0 over its own size, as published, "
+        "or in the velocity, as flow matching has it",
+    )  # fmt: skip
     noise_per: Literal["sample", "group"] = Field(
         default="sample", description="group: the samples of a group share times and noise, which cancels what is "
         "common to them, as centred advantages sum to 0",

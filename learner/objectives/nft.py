@@ -12,6 +12,10 @@ policy moves once a learner step: old = d old + (1-d) current, d = min((optimize
 With noise_per "group" the gradient's part that all samples of a group have in common cancels: their advantages sum to
 zero. Diffusion-DPO (2311.12908) does the same with the two samples of a pair; here it is ours.
 
+error "velocity" leaves the weights w± out: l± = mean_d (v± - (eps - x_0))^2, the paper's loss before its section on
+weighting. Where x_t tells x_0 the error is small, and so is then the push away from a bad sample; divided by w± it is
+as strong as anywhere, and pushes the velocity at bad samples without bound (docs/decisions/0012).
+
 p = sample_pull is ours (the paper has 0): with centred advantages nothing holds v to the samples it makes, and at high
 noise, where a step hardly moves the sample, v drifts unseen until the run falls apart (docs/decisions/0011).
 Does not own: advantages (credit/group.py), the snapshots themselves (learner/snapshots.py).
@@ -71,7 +75,10 @@ class NFT(Objective[NFTConfig]):
         noised = self.noised(batch, p)
         v = velocity(model, batch, noised)
         old = batch.prepass["old"][:, p]
-        positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
+        if self.config.error == "velocity":
+            positive, negative = velocity_losses(v, old, noised, self.config.beta)
+        else:
+            positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
         r = self.optimality(batch.advantage)
         row_loss = self.config.advantage_clip * (r * positive + (1 - r) * negative) / self.config.beta
         means = Means(batch.weight)
@@ -96,6 +103,12 @@ class NFT(Objective[NFTConfig]):
 def old_decay(optimizer_steps: int, flat: int, rate: float, hold: float) -> float:
     """0 up to `flat`, then (steps - flat) * rate, at most `hold`."""
     return 0.0 if optimizer_steps < flat else min((optimizer_steps - flat) * rate, hold)
+
+
+def velocity_losses(v: Tensor, old: Tensor, noised: Noised, b: float) -> tuple[Tensor, Tensor]:
+    """(l+, l-), float64 [B]: squared velocity errors of the implicit positive and negative policies."""
+    v, old, target = v.double(), old.double(), noised.target.double()
+    return (mean_square(b * v + (1 - b) * old, target), mean_square((1 + b) * old - b * v, target))
 
 
 def implicit_losses(v: Tensor, old: Tensor, noised: Noised, clean: Tensor, b: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from learner.objectives.base import ModelHandle
 from learner.objectives.dpo import DPO
 from learner.objectives.draws import MIN_TIME, grid_times, logit_normal_times, noise, uniform_times
 from learner.objectives.matching import Noised, mean_square, velocity
-from learner.objectives.nft import NFT, implicit_losses, old_decay
+from learner.objectives.nft import NFT, implicit_losses, old_decay, velocity_losses
 from learner.plan import noise_key
 
 
@@ -160,6 +160,29 @@ def test_nft_minimiser_of_the_unweighted_loss_is_old_plus_two_over_b():
     loss = (r * (plus - targets) ** 2 + (1 - r) * (minus - targets) ** 2).mean()
     (slope,) = torch.autograd.grad(loss, v)
     assert abs(float(slope)) < 1e-12
+
+
+@pytest.mark.parametrize("b", [0.3, 1.0])
+def test_nft_in_velocity_has_the_closed_form_gradient_at_the_old_policy(b):
+    """dL/dv = 2 (A + p) (v - (eps - x_0)) / dims at v = v_old, whatever b is."""
+    policy = toy_policy()
+    objective, model = nft(policy, beta=b, kl_beta=0.0, sample_pull=0.1, error="velocity", advantage_clip=1.0, draws=1)
+    batch = at_all(policy, objective, model, painted(policy))
+    found = gradient(batch_loss(objective, model, batch), policy.module)
+    noised = objective.noised(batch, 0)
+    weighted = (batch.advantage.double() + 0.1) * mean_square(velocity(model, batch, noised), noised.target)
+    torch.testing.assert_close(found, gradient(weighted.sum(), policy.module), rtol=1e-4, atol=1e-6)
+
+
+def test_nft_velocity_losses_are_their_formula():
+    torch.manual_seed(1)
+    v, old, clean = torch.randn(3, 2, 1, 2, 2)
+    noised = Noised.of(clean, torch.tensor([0.5, 0.9]), torch.randn_like(clean))
+    positive, negative = velocity_losses(v, old, noised, 0.4)
+    for i in range(2):
+        plus, minus = 0.4 * v[i] + 0.6 * old[i], 1.4 * old[i] - 0.4 * v[i]
+        assert float(positive[i]) == pytest.approx(float((plus - noised.target[i]).square().mean()), rel=1e-5)
+        assert float(negative[i]) == pytest.approx(float((minus - noised.target[i]).square().mean()), rel=1e-5)
 
 
 def test_nft_self_normalised_error_is_finite_where_the_prediction_is_exact():
