@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.hang_watch import kill_process
 from cluster.ledger.reader import Books, LedgerReader
 from contracts.config import RunConfig
 from contracts.errors import LedgerError
@@ -31,6 +32,9 @@ KINDS = {
     "reward server": "reward_servers serve",
     "controller": "ray::ControllerActor",
 }
+OTHERS = {"host of a reward server": "ray::ServerHost"}
+"""Kinds that are not struck: this one's server ends with it."""
+
 Fault = tuple[str, signal.Signals]
 FAULTS: tuple[Fault, ...] = (
     *((kind, number) for kind in KINDS for number in (signal.SIGKILL, signal.SIGSTOP)),
@@ -92,15 +96,25 @@ class RunUnderFire:
     def __init__(self, command: Sequence[str], resume: Sequence[str], ledger: Path, log: Path, cwd: Path) -> None:
         """command, resume: how the driver is started, and started again; log: where its output goes."""
         self._command, self._resume, self._ledger, self._log, self._cwd = command, resume, ledger, log, cwd
+        self._driver = log.with_suffix(".driver")
+        self._end_leftover()
         self.starts = 0
         self.process = self._start(command)
 
     def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         self.starts += 1
         with self._log.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=self._cwd, start_new_session=True
             )
+        self._driver.write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
+        return process
+
+    def _end_leftover(self) -> None:
+        """Kill the driver that a watcher which was killed itself has left behind; its run ends with it."""
+        with suppress(FileNotFoundError):
+            pid, started = self._driver.read_text().split()
+            kill_process(int(pid), float(started))
 
     def processes(self, kind: str) -> list[psutil.Process]:
         """The run's processes of a kind, in the order of their ids; `driver` and `everything` too."""
@@ -112,6 +126,20 @@ class RunUnderFire:
             found = started if kind == "everything" else [each for each in started if _is(each, KINDS[kind])]
             return [*([driver] if kind == "everything" else []), *sorted(found, key=lambda each: each.pid)]
         return []
+
+    def memory(self) -> dict[str, list[float]]:
+        """Resident MB of every process by kind, the driver and what Ray runs for itself included."""
+        found: dict[str, list[float]] = {}
+        for process in self.processes("everything"):
+            with suppress(psutil.NoSuchProcess):
+                megabytes = round(process.memory_info().rss / 2**20, 1)
+                found.setdefault(self._kind(process), []).append(megabytes)
+        return found
+
+    def _kind(self, process: psutil.Process) -> str:
+        if process.pid == self.process.pid:
+            return "driver"
+        return next((kind for kind, text in (KINDS | OTHERS).items() if _is(process, text)), "Ray's own")
 
     def strike(self, fault: Fault, rng: random.Random) -> list[int]:
         """Send the signal; the process ids it went to (none: there is no such process just now)."""

@@ -14,12 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults import FAULTS, fault_name
+
 Rows = list[list[str]]
 
 
 def recovery_rows(faults: Sequence[Mapping[str, Any]]) -> Rows:
     """fault, times, median and worst seconds until the run made steps again with all its processes."""
-    kinds = sorted({str(fault["fault"]) for fault in faults})
+    kinds = list(dict.fromkeys(fault_name(fault) for fault in FAULTS))
+    kinds = [kind for kind in kinds if any(fault["fault"] == kind for fault in faults)]
     rows = []
     for kind in kinds:
         seconds = [float(fault["seconds"]) for fault in faults if fault["fault"] == kind]
@@ -31,15 +34,30 @@ def recovery_rows(faults: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def memory_rows(samples: Sequence[Mapping[str, Any]]) -> Rows:
-    """kind of process, its largest resident MB: medians over each quarter of the soak, and the highest."""
+    """kind of process, resident MB of its largest: medians over each quarter of the soak, the highest, MB an hour.
+
+    The slope is fitted by least squares to the last three quarters: what a process fills at its start is no leak.
+    """
     kinds = sorted({kind for sample in samples for kind in sample["mb"]})
     quarters = [samples[len(samples) * i // 4 : len(samples) * (i + 1) // 4] for i in range(4)]
     rows = []
     for kind in kinds:
-        medians = [_median(max(s["mb"][kind]) for s in part if s["mb"].get(kind)) for part in quarters]
-        highest = max((max(s["mb"][kind]) for s in samples if s["mb"].get(kind)), default=0.0)
-        rows.append([kind, *(f"{m:.0f}" for m in medians), f"{highest:.0f}"])
+        medians = [_median(megabytes for _, megabytes in _largest(part, kind)) for part in quarters]
+        highest = max((megabytes for _, megabytes in _largest(samples, kind)), default=0.0)
+        slope = mb_an_hour(_largest(samples[len(samples) // 4 :], kind))
+        rows.append([kind, *(f"{m:.0f}" for m in medians), f"{highest:.0f}", f"{slope:+.1f}"])
     return rows
+
+
+def _largest(samples: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[float, float]]:
+    return [(float(sample["seconds"]), max(sample["mb"][kind])) for sample in samples if sample["mb"].get(kind)]
+
+
+def mb_an_hour(points: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of (seconds, MB); 0 for fewer than two."""
+    if len({seconds for seconds, _ in points}) < 2:
+        return 0.0
+    return 3600 * statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def timing_rows(folder: Path) -> Rows:
@@ -58,6 +76,16 @@ def timing_rows(folder: Path) -> Rows:
         for name, values in series.items()
         if values
     ]
+
+
+def telemetry_rows(figures: Path) -> Rows:
+    """who, ms of telemetry and of the trace in it, share of the step: what `make bench` has measured (trace.py)."""
+    found = json.loads(figures.read_text()) if figures.is_file() else {}
+    return [
+        [f"controller of {row['actors']} actors", f"{row['step_s']:g}", f"{1e3 * row['telemetry_s']['median']:.2f}",
+         f"{1e3 * row['trace_s']['median']:.2f}", f"{row['share']:.2%}"]
+        for row in (found.get("trace") or {}).get("rows", [])
+    ]  # fmt: skip
 
 
 def _resume_seconds(events: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -85,6 +113,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _median(values: Iterable[float]) -> float:
     listed = list(values)
     return statistics.median(listed) if listed else 0.0
+
+
+FIGURES = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.json"
 
 
 def show(notes: Mapping[str, Any], folder: Path) -> None:
@@ -129,8 +160,13 @@ def _tables(notes: Mapping[str, Any], folder: Path) -> list[tuple[str, list[str]
         ("Checkpoints and resumes, seconds", ["what", "times", "median", "worst"], timing_rows(folder)),
         (
             "Largest resident memory by kind of process, MB, median of each quarter of the soak",
-            ["process", "1st", "2nd", "3rd", "4th", "highest"],
+            ["process", "1st", "2nd", "3rd", "4th", "highest", "MB an hour"],
             memory_rows(notes["memory"]),
+        ),
+        (
+            "Tracing and telemetry in a learner step, of which they may take 2 % (`make bench ARGS=trace`)",
+            ["who", "step, s", "telemetry, ms", "of it trace, ms", "share of the step"],
+            telemetry_rows(FIGURES),
         ),
     ]
     return [table for table in tables if table[2]]

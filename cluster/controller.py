@@ -26,6 +26,7 @@ from typing import Any
 import ray
 
 from cluster.admission import Admission
+from cluster.checkpoints.layout import Checkpoint
 from cluster.context import RunContext
 from cluster.evaluate import (
     EvalPlan,
@@ -96,6 +97,7 @@ class Controller:
         self.phase = "starting"
         self.context: RunContext | None = None
         self.hosts: list[Any] = []
+        self.server_processes: list[dict[str, Any]] = []
         self.before: EvalResult | None = None
         self.after: EvalResult | None = None
         self.latest_eval: float | None = None
@@ -141,13 +143,10 @@ class Controller:
         )
         self.lock_keeper = asyncio.create_task(self._keep_lock(opened.lock))
         opened.apply(self.context)
-        waiting = await bring_back(self.context, 0 if checkpoint is None else checkpoint.step) if self.resume else []
-        scorers = await self._start_servers()
         self.fleet = ActorFleet(self.context, self.parts.painter)
-        self.ranks = LearnerGroup(config, vaults, scorers, self.parts.learner)
-        self.dispatcher = Dispatcher.remote(scorers, config.reward, vaults)
-        state = None if checkpoint is None else checkpoint.path
-        await all_or_none(self.fleet.start(), self.ranks.start(state), value(self.dispatcher.ready.remote()))
+        waiting, scorers, _ = await all_or_none(
+            self._bring_back(checkpoint), self._start_jury_and_ranks(checkpoint), self.fleet.start()
+        )
         self.hang_watch = asyncio.create_task(HangWatch(self.context, {**vaults, "dispatcher": self.dispatcher}).run())
         self.scoring = ScoringLoop(self.context, self.dispatcher)
         self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
@@ -158,6 +157,22 @@ class Controller:
         await self.finder.find(self.context, self._handles(), scorers)
         telemetry.event("started", seconds=time.monotonic() - self.began, processes=self._processes())
         self.watchdog = self._start_watchdog(folder)
+
+    async def _bring_back(self, checkpoint: Checkpoint | None) -> list[int]:
+        """The groups that a resumed run finds waiting for their scores."""
+        assert self.context is not None
+        return await bring_back(self.context, 0 if checkpoint is None else checkpoint.step) if self.resume else []
+
+    async def _start_jury_and_ranks(self, checkpoint: Checkpoint | None) -> list[ScorerConfig]:
+        """Reward servers, then the dispatcher and the ranks, which call them; the scorers with their addresses."""
+        assert self.context is not None
+        vaults = self.context.vaults
+        scorers = await self._start_servers()
+        self.ranks = LearnerGroup(self.config, vaults, scorers, self.parts.learner)
+        self.dispatcher = Dispatcher.remote(scorers, self.config.reward, vaults)
+        state = None if checkpoint is None else checkpoint.path
+        await all_or_none(self.ranks.start(state), value(self.dispatcher.ready.remote()))
+        return scorers
 
     async def _keep_lock(self, lock: RunLock) -> None:
         """Whoever loses the run's lock writes nothing more."""
@@ -193,18 +208,16 @@ class Controller:
 
     async def _start_servers(self) -> list[ScorerConfig]:
         """Start every scorer the run serves itself; returns the scorers with their addresses filled in."""
-        self.server_processes: list[dict[str, Any]] = []
-        resolved = []
-        for scorer in self.config.scorers:
-            if scorer.serve is None:
-                resolved.append(scorer)
-                continue
-            host = ServerHost.options(num_cpus=0, num_gpus=scorer.gpus or 0).remote(scorer)
-            self.hosts.append(host)
-            url = await value(host.start.remote())
-            self.server_processes.append(await value(host.info.remote()))
-            resolved.append(scorer.model_copy(update={"urls": (url,), "serve": None}))
-        return resolved
+        return await all_or_none(*(self._start_server(scorer) for scorer in self.config.scorers))
+
+    async def _start_server(self, scorer: ScorerConfig) -> ScorerConfig:
+        if scorer.serve is None:
+            return scorer
+        host = ServerHost.options(num_cpus=0, num_gpus=scorer.gpus or 0).remote(scorer)
+        self.hosts.append(host)
+        url = await value(host.start.remote())
+        self.server_processes.append(await value(host.info.remote()))
+        return scorer.model_copy(update={"urls": (url,), "serve": None})
 
     # ---- training ----------------------------------------------------------------------------------------------
 

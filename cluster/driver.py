@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
 
     try:
         _refuse([*check_cluster(config, ray.cluster_resources()), *check_deployed(config)])
-        return _follow(config, show, resume, parts)
+        inherited = started_here and not _address(config)
+        return _follow(config, show, resume, parts, controller_options(config, inherited))
     finally:
         if started_here:
             ray.shutdown()
@@ -65,7 +67,7 @@ def start_ray(config: RunConfig) -> bool:
 
     Without an address a cluster that happens to run on this machine is left alone.
     """
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     if not address:
         _ensure_token()  # before Ray is imported: it reads the mode then, and never again
     import ray
@@ -78,11 +80,29 @@ def start_ray(config: RunConfig) -> bool:
     if address:
         ray.init(address=address, **options)
         return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-    ray.init(
-        address="local", num_cpus=config.cluster.num_cpus or local_cpus(config), include_dashboard=False,
-        object_store_memory=config.cluster.object_store_mb * 2**20, **options,
-    )  # fmt: skip
+    with _environment(worker_environment(config)):  # Ray's processes inherit it, and every process they start
+        ray.init(
+            address="local", num_cpus=config.cluster.num_cpus or local_cpus(config), include_dashboard=False,
+            object_store_memory=config.cluster.object_store_mb * 2**20, **options,
+        )  # fmt: skip
     return True
+
+
+def _address(config: RunConfig) -> str | None:
+    """Of the cluster to join; None: a Ray of the run's own."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment with `variables` for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            os.environ.pop(name) if old is None else os.environ.update({name: old})
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
@@ -132,7 +152,20 @@ def location(config: RunConfig) -> str:
     return str(Path(config.runs_dir).expanduser().absolute() / config.name)
 
 
-def _follow(config: RunConfig, show: bool, resume: bool, parts: Parts | None) -> ExitCode:
+def controller_options(config: RunConfig, inherited: bool = False) -> dict[str, Any]:
+    """How Ray starts the controller, a replaced one too: on this node unless it is lost, where the driver's metrics
+    are looked for; inherited: its processes have the run's environment already (a runtime_env starts each twice)."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    environment = {} if inherited else {"runtime_env": {"env_vars": worker_environment(config)}}
+    return {"scheduling_strategy": here, **environment}
+
+
+def _follow(
+    config: RunConfig, show: bool, resume: bool, parts: Parts | None, options: Mapping[str, Any]
+) -> ExitCode:  # fmt: skip
     """Show the run's progress until it ends; a controller that is lost is replaced by one that resumes the run."""
     from cluster.learner_group import remove_leftover_placements
 
@@ -140,7 +173,7 @@ def _follow(config: RunConfig, show: bool, resume: bool, parts: Parts | None) ->
     with _Interrupts() as interrupts, _display(config, show) as display:
         while True:
             try:
-                summary = _one_controller(config, resume, parts, interrupts, display)
+                summary = _one_controller(config, resume, parts, options, interrupts, display)
                 break
             except _ControllerLost as lost:
                 if not lost.had_begun or interrupts.received or replaced >= config.cluster.controller_restarts:
@@ -163,21 +196,21 @@ class _ControllerLost(Exception):
 
 
 def _one_controller(
-    config: RunConfig, resume: bool, parts: Parts | None, interrupts: _Interrupts, display: ProgressDisplay
-) -> dict[str, Any]:
+    config: RunConfig, resume: bool, parts: Parts | None, options: Mapping[str, Any], interrupts: _Interrupts,
+    display: ProgressDisplay,
+) -> dict[str, Any]:  # fmt: skip
     """The summary, from one controller's whole life. Raises _ControllerLost."""
     import ray
 
     from cluster.controller import ControllerActor
 
-    options = {"runtime_env": {"env_vars": worker_environment(config)}}
     controller = ControllerActor.options(**options).remote(config, parts, resume)
     interrupts.begin(controller)
-    result = controller.run.remote()
+    result, asked = controller.run.remote(), controller.status.remote()
     answered, limit, status = time.monotonic(), max(START_S, config.cluster.hang_timeout_s), {}
     while not ray.wait([result], timeout=0.5)[0]:
         interrupts.act()
-        found = _status(controller)
+        found, asked = _status(controller, asked)
         if found:
             answered, limit, status = time.monotonic(), config.cluster.hang_timeout_s, found
             display.update(found)
@@ -206,13 +239,17 @@ def _display(config: RunConfig, show: bool) -> ProgressDisplay:
     return ProgressDisplay(f"run {config.name}", stream=None if show else io.StringIO())
 
 
-def _status(controller: Any) -> dict[str, Any]:
+def _status(controller: Any, asked: Any) -> tuple[dict[str, Any], Any]:
+    """What the controller answered, and the next question; nothing, and the same one, while it has not."""
     import ray
 
+    if not ray.wait([asked], timeout=0)[0]:
+        return {}, asked
     try:
-        return ray.get(controller.status.remote(), timeout=5)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
-        return {}
+        found = ray.get(asked)
+    except ray.exceptions.RayError:
+        found = {}
+    return found, controller.status.remote()
 
 
 def _result(reference: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class HangWatch:
     async def _replace(
         self, name: str, handle: Any, process: Mapping[str, Any] | None, after_s: float, in_a_row: int
     ) -> None:
-        if process is None or not await _kill(process):
+        if process is None or not await kill_on_its_node(process):
             if in_a_row == 1:
                 return  # the process is gone, so Ray is starting another, which may take longer than the limit
             ray.kill(handle, no_restart=False)
@@ -85,8 +85,9 @@ class HangWatch:
         self.context.telemetry.event("hung_process_replaced", process=name, seconds=after_s, **who)
 
 
-async def _kill(process: Mapping[str, Any]) -> bool:
-    """Kill a process on its node by its id. False when it was not there (any more), or its node does not answer."""
+async def kill_on_its_node(process: Mapping[str, Any]) -> bool:
+    """Kill a process by its id: at once, a stopped one too. False when it was not there (any more), or its node does
+    not answer. process: as describe_process tells."""
     pid, started = int(process["pid"]), float(process["started"])
     if process["node"] == ray.get_runtime_context().get_node_id():
         return kill_process(pid, started)

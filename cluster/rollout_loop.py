@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.context import RunContext, Scored
+from cluster.hang_watch import kill_on_its_node
 from cluster.refs import all_or_none, root_cause, value
 from cluster.workers import ActorWorker
 from contracts.errors import NotStored, SalonError, StaleLease, WeightsNotProven, WeightsTimeout
@@ -110,7 +111,7 @@ class ActorFleet:
         self.restarts += 1
         self.context.telemetry.count("salon_actor_restarts_total", actor=name)
         self.context.telemetry.event("actor_restart", actor=name, killed=kill)
-        if kill:
+        if kill and not await kill_on_its_node(self.processes[name]):  # Ray asks a hung process, and waits for it
             ray.kill(handle, no_restart=False)
         for _ in range(REVIVE_ATTEMPTS):
             try:

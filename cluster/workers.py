@@ -104,7 +104,11 @@ class ActorWorker:
         self.version = -1
 
     def ready(self) -> dict[str, Any]:
-        return {"name": self.name, "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+        """Name, and who this process is; answered once the model is loaded."""
+        import psutil
+
+        node = ray.get_runtime_context().get_node_id()
+        return {"name": self.name, "pid": os.getpid(), "started": psutil.Process().create_time(), "node": node}
 
     def offer(
         self,
