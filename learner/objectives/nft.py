@@ -14,7 +14,7 @@ zero. Diffusion-DPO (2311.12908) does the same with the two samples of a pair; h
 
 error "velocity" leaves the weights w± out: l± = mean_d (v± - (eps - x_0))^2, the paper's loss before its section on
 weighting. Where x_t tells x_0 the error is small, and so is then the push away from a bad sample; divided by w± it is
-as strong as anywhere, and pushes the velocity at bad samples without bound (docs/decisions/0012).
+as strong as anywhere, and pushes the velocity at bad samples without bound (docs/decisions/0013).
 
 p = sample_pull is ours (the paper has 0): with centred advantages nothing holds v to the samples it makes, and at high
 noise, where a step hardly moves the sample, v drifts unseen until the run falls apart (docs/decisions/0011).
