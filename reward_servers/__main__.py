@@ -15,7 +15,7 @@ import click
 
 from reward_servers.judging.cli import judge
 from reward_servers.reporting import tell_in_one_line
-from reward_servers.training.cli import train
+from reward_servers.training.cli import direction, train
 
 
 @click.group(help="Reward servers of Salon: scorers behind HTTP.")
@@ -25,6 +25,7 @@ def cli() -> None:
 
 cli.add_command(judge)
 cli.add_command(train)
+cli.add_command(direction)
 
 
 @cli.command()

@@ -202,6 +202,12 @@ class DistilledOptions(ClipOptions):
     novelty: float = Field(default=0.0, ge=0, description="rewards are divided by (images alike in the group)^novelty")
 
 
+class D2AlignOptions(HPSv2Options):
+    """A CLIP-like reward along and against a direction that `python -m reward_servers direction` learnt."""
+
+    direction: str = Field(description="direction.safetensors")
+
+
 class ConsistencyOptions(DinoOptions):
     """How well an image fits the others of its group."""
 
@@ -229,6 +235,7 @@ SCORER_OPTIONS: dict[str, type[Section]] = {
     "adversarial_dino": AdversarialDinoOptions,
     "guarded_pickscore": GuardedPickScoreOptions,
     "distilled": DistilledOptions,
+    "d2_align": D2AlignOptions,
     **JUDGE_SCORER_OPTIONS,
 }
 """Registry name of a scorer -> the options it takes."""

@@ -90,11 +90,9 @@ class DinoFeatures:
         from reward_servers.scorers.parts.dino import load_dino
 
         self.options = options
-        self.network, self.preprocess = load_dino(options)
-        if options.size is not None:
-            edge = options.size
-            self.preprocess.processor.size = {"shortest_edge": edge}
-            self.preprocess.processor.crop_size = {"height": edge, "width": edge}
+        edge = options.size
+        square = {} if edge is None else {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+        self.network, self.preprocess = load_dino(options, **square)
         self.width = int(self.network.config.hidden_size)
         self.skip = 1 + int(getattr(self.network.config, "num_register_tokens", 0))
         crop = self.preprocess.processor.crop_size

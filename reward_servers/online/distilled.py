@@ -11,6 +11,7 @@ Agreement is measured on labels before they are learnt from. Does not own: queue
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -50,9 +51,10 @@ class ClipFeatures:
         self.towers, self.preprocess = load_clip(options.model, options)
         self.width = 3 * int(self.towers.network.config.projection_dim)
         self.digest = tensors_digest(self.towers.network)
+        self._one_at_a_time = threading.Lock()  # the towers keep texts, and several threads label
 
     def __call__(self, images: np.ndarray, prompts: tuple[str, ...]) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self._one_at_a_time:
             pixels = self.preprocess.exact(images).to(device_of(self.options), dtype_of(self.options))
             return joint_features(self.towers.images(pixels), self.towers.texts(prompts))
 

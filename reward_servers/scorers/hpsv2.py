@@ -25,7 +25,7 @@ class HPSv2(TorchScorer[HPSv2Options]):
     declares = declared("hpsv2")
     name = "hpsv2"
     paper = "Human Preference Score v2 (2306.09341)"
-    value_range = (-1.0, 1.0)
+    value_range: tuple[float | None, float | None] = (-1.0, 1.0)
     columns_bounded = True
 
     def __init__(self, **options: Any) -> None:

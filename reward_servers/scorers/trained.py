@@ -1,4 +1,4 @@
-"""A reward model that `python -m reward_servers train` made: PickScore's arithmetic, minus its anchor."""
+"""A reward model that `python -m reward_servers train` made: PickScore's arithmetic or its head's, minus an anchor."""
 
 from __future__ import annotations
 
@@ -13,21 +13,38 @@ if TYPE_CHECKING:
 
 
 class Trained(TorchScorer[TrainedOptions]):
-    """exp(logit scale) cos(image, prompt) - anchor, with its gradient."""
+    """exp(logit scale) cos(image, prompt) - anchor, or the head's output in place of the cosine; with its gradient."""
 
     declares = declared("trained")
     name = "trained"
     paper = "Learning to summarize from human feedback (2009.01325)"
 
     def load(self) -> None:
+        from transformers import AutoTokenizer
+
+        from reward_servers.scorers.parts.loading import load_tool
         from reward_servers.scorers.parts.towers import load_clip
         from reward_servers.training.model import read_anchor
+        from reward_servers.training.query_head import load_head
 
         self.towers, self.preprocess = load_clip(self.options.model, self.options)
         self.anchor = read_anchor(self.options.model)
-        self.weighed(self.towers.network)
+        self.head = load_head(self.options.model, self.towers.network)
+        if self.head is not None:
+            self.tokenizer = load_tool(AutoTokenizer, self.options.model, self.options)
+        self.weighed(self.towers.network, *([self.head] if self.head is not None else []))
         self.version = f"{self.version}-{self.anchor:.6g}"  # the same weights with another anchor score otherwise
 
     def forward(self, pixels: torch.Tensor, batch: ScoreBatch) -> torch.Tensor:
+        if self.head is not None:
+            return self._pooled(pixels, batch)
         cosine = (self.towers.images(pixels) * self.towers.texts(batch.prompts)).sum(dim=1, keepdim=True)
         return self.towers.scale * cosine - self.anchor
+
+    def _pooled(self, pixels: torch.Tensor, batch: ScoreBatch) -> torch.Tensor:
+        from reward_servers.scorers.parts.towers import CLIP_TOKENIZING
+
+        assert self.head is not None
+        tokens = self.tokenizer(list(batch.prompts), return_tensors="pt", **CLIP_TOKENIZING).to(pixels.device)
+        given = {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
+        return self.head.reward(self.head.pool(self.towers.network, pixels, given))[:, None] - self.anchor

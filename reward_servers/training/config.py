@@ -40,6 +40,47 @@ class ItemsConfig(Section):
     ties_per_item: int = Field(default=1, ge=0, description="passed images that each passed one is tied with, an epoch")
 
 
+class HeadConfig(Section):
+    """SoliReward's hierarchical query attention over hidden states, in place of CLIP's cosine (2512.22170)."""
+
+    layers: tuple[int, ...] = Field(
+        default=(), description="hidden layers read one after another, counted from 1; empty: four, evenly spaced"
+    )
+    width: int = Field(default=256, gt=0, description="of queries and attention")
+    heads: int = Field(default=8, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> HeadConfig:
+        if self.width % self.heads:
+            raise ValueError(f"head.width {self.width} is no multiple of head.heads {self.heads}")
+        if list(self.layers) != sorted(set(self.layers)) or any(layer < 1 for layer in self.layers):
+            raise ValueError("head.layers must rise from 1 or more")
+        return self
+
+
+class ContrastiveConfig(Section):
+    """A contrastive loss on a pair's features beside the pair loss, L = L_rm + weight L_cl (2401.06080)."""
+
+    kind: Literal["simcse", "swav"] = Field(
+        default="simcse", description="simcse: two dropout passes of an image attract; swav: they swap prototypes"
+    )
+    weight: float = Field(default=0.1, gt=0)
+    on: Literal["features", "difference"] = Field(
+        default="difference", description="of each image, or chosen minus rejected"
+    )
+    dropout: float = Field(default=0.1, gt=0, lt=1, description="of the features, drawn anew in each of two passes")
+    temperature: float = Field(default=0.05, gt=0)
+    prototypes: int = Field(default=16, gt=1, description="swav: clusters")
+
+
+class MetaConfig(Section):
+    """MetaRM: before each step the model is moved to tell images of a shifted distribution apart (2401.06080)."""
+
+    path: str = Field(description="JSONL of that distribution: prompt, image; several images a prompt")
+    lr: float = Field(default=1e-5, gt=0, description="eta: theta' = theta + eta grad J")
+    batch_size: int = Field(default=16, gt=0, description="pairs of images of one prompt, a step")
+
+
 class TrainingConfig(Section):
     """One reward model: r = exp(logit scale) cos(image, prompt) of a CLIP, in PickScore's format, minus an anchor."""
 
@@ -54,6 +95,9 @@ class TrainingConfig(Section):
         description="trained reward models whose mean difference is a pair's strength, in place of its votes",
     )
     label: LabelConfig = LabelConfig()
+    contrastive: ContrastiveConfig | None = None
+    meta: MetaConfig | None = None
+    head: HeadConfig | None = None
     anchor: str | None = Field(
         default="held_out",
         description="JSONL of reference images (prompt, image) whose mean reward becomes 0; held_out: the held-out "

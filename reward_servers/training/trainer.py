@@ -23,6 +23,7 @@ from reward_servers.training.card import write_card
 from reward_servers.training.config import TrainingConfig
 from reward_servers.training.data import Pair, Sample, Split, Target, batches, read_image, read_samples, read_splits
 from reward_servers.training.evaluation import Evaluation, evaluate
+from reward_servers.training.extras import Extras
 from reward_servers.training.losses import pair_loss
 from reward_servers.training.model import RewardModel
 from reward_servers.training.state import load_state, save_state
@@ -40,7 +41,7 @@ def train(config: TrainingConfig, say: Say) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     training, held_out = read_splits(config)
     training = replace(training, pairs=tuple(with_strengths(training.pairs, config)))
-    model = RewardModel(config.model, config.device)
+    model = RewardModel(config.model, config.device, config.head, config.seed)
     before = measure(model, held_out, config)
     say(f"{len(training.pairs)} pairs and {len(training.passed) + len(training.failed)} single images to train on; "
         f"held out: {_brief(before)}")  # fmt: skip
@@ -106,6 +107,8 @@ def score(model: RewardModel, samples: Sequence[Sample], config: TrainingConfig)
 def _fit(model: RewardModel, split: Split, config: TrainingConfig, out: Path, say: Say) -> None:
     """The steps that are still to be made."""
     named = dict(model.train_only(config.trainable))
+    extras = Extras(config, model)
+    named |= extras.parameters()
     optimizer = torch.optim.AdamW(list(named.values()), lr=config.lr, weight_decay=config.weight_decay)
     facts = {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
     done = load_state(out / "checkpoint", named, optimizer, facts)
@@ -119,7 +122,7 @@ def _fit(model: RewardModel, split: Split, config: TrainingConfig, out: Path, sa
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where the model has some
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(1, config.warmup_steps))
-        loss, accuracy = _update(model, targets, named, optimizer, config, step)
+        loss, accuracy = _update(model, targets, named, optimizer, config, step, extras)
         progress.tell(step, loss, accuracy, len(targets))
         if step % config.save_every == 0 or step == config.steps:
             save_state(out / "checkpoint", step, named, optimizer, facts)
@@ -128,18 +131,20 @@ def _fit(model: RewardModel, split: Split, config: TrainingConfig, out: Path, sa
 
 def _update(
     model: RewardModel, targets: Sequence[Target], named: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int,
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, extras: Extras,
 ) -> tuple[float, float]:  # fmt: skip
     """One optimizer step; (mean loss, accuracy over decided pairs) before it."""
     samples = [s for target in targets for s in (target.pair.chosen, target.pair.rejected)]
     images = [read_image(sample.image, config.max_pixels) for sample in samples]
-    rewards = model.rewards(images, [sample.prompt for sample in samples]).reshape(-1, 2)
-    gap = rewards[:, 0] - rewards[:, 1]
-    probability = torch.tensor([target.probability for target in targets], device=gap.device)
-    margin = torch.tensor([target.margin for target in targets], device=gap.device)
-    loss = pair_loss(gap, probability, margin).mean()
-    optimizer.zero_grad()
-    loss.backward()
+    with extras.moved(named, step):
+        features = model.features(images, [sample.prompt for sample in samples])
+        rewards = model.of_features(features).reshape(-1, 2)
+        gap = rewards[:, 0] - rewards[:, 1]
+        probability = torch.tensor([target.probability for target in targets], device=gap.device)
+        margin = torch.tensor([target.margin for target in targets], device=gap.device)
+        loss = pair_loss(gap, probability, margin).mean() + extras.contrastive(features)
+        optimizer.zero_grad()
+        loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(list(named.values()), config.clip_grad_norm)
     if not torch.isfinite(norm):
         raise SalonError(f"step {step}: the gradient is not finite; lower lr. The last checkpoint is whole")

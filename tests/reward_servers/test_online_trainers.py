@@ -83,6 +83,16 @@ def test_the_toy_generator_stops_at_the_references_where_a_fixed_scorer_sends_it
     assert np.linalg.norm(fixed - target) > 5
 
 
+def test_dino_reads_the_size_that_the_options_name(models: dict[str, Path]) -> None:
+    from contracts.config.scorers import AdversarialDinoOptions
+    from reward_servers.online.adversarial import DinoFeatures
+
+    features = DinoFeatures(AdversarialDinoOptions(model=str(models["dino"]), size=42))
+    assert features(list(pictures_of((40, 48), 2))).shape == (2, 1 + 9, 64)
+    assert features.num_patches == 9
+    assert set(features.some_patches(64, np.random.default_rng(0)).tolist()) == set(range(1, 10))
+
+
 def test_the_served_reward_is_the_papers_mix_and_masks_prompts_without_references(
     models: dict[str, Path], tmp_path: Path
 ) -> None:

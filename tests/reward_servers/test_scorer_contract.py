@@ -68,8 +68,17 @@ def options_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]
         "artifact": [f"model={build_vlm(root / 'vlm')}", "min_mass=0"],
         "ocr": ["engine=test_scorer_pixels:read_first_pixel"],
         "attrictrl_target": [f"calibration={calibration}"],
+        "d2_align": [f"model={clip}", f"direction={write_direction(root / 'direction.safetensors')}"],
         **online_options(root, clip, dino),
     }
+
+
+def write_direction(path: Path) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"direction": torch.linspace(-0.2, 0.2, 24), "strength": torch.tensor([1.5])}, path)
+    return path
 
 
 def online_options(root: Path, clip: Path, dino: Path) -> dict[str, list[str]]:

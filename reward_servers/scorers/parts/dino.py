@@ -12,12 +12,13 @@ from reward_servers.scorers.parts import loading
 from reward_servers.scorers.parts.preprocess import ProcessorPreprocess
 
 
-def load_dino(options: DinoOptions) -> tuple[Any, ProcessorPreprocess]:
-    """The network and its preprocessing (BiT's: resize, crop, ImageNet mean)."""
+def load_dino(options: DinoOptions, **processing: Any) -> tuple[Any, ProcessorPreprocess]:
+    """The network and its preprocessing (BiT's: resize, crop, ImageNet mean). processing: in place of its settings."""
     from transformers import AutoImageProcessor, AutoModel
 
     network = loading.load_network(AutoModel, options.model, options)
-    return network, ProcessorPreprocess(loading.load_tool(AutoImageProcessor, options.model, options, backend="pil"))
+    tool = loading.load_tool(AutoImageProcessor, options.model, options, backend="pil", **processing)
+    return network, ProcessorPreprocess(tool)
 
 
 def embed(network: Any, pixels: torch.Tensor) -> torch.Tensor:

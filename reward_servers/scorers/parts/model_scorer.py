@@ -26,7 +26,7 @@ S = TypeVar("S", bound=Section)
 D = TypeVar("D", bound=DeviceOptions)
 
 _NOT_IN_THE_SCORE = {"device", "revision", "model", "processor", "head", "tokenizer", "detector", "colour_model",
-                     "versions"}  # fmt: skip
+                     "versions", "direction"}  # fmt: skip
 
 
 class OptionScorer(Scorer, Generic[S]):
