@@ -56,7 +56,8 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         logits = torch.bmm(query, key.transpose(1, 2))
         bias = _bias(key)
         weights = (logits if bias is None else logits + bias).softmax(-1, dtype=torch.float32)
-        return torch.bmm(weights.to(dtype), value).view(shape)
+        attended: Tensor = torch.bmm(weights.to(dtype), value)
+        return attended.view(shape)
 
 
 class _LastKeyBias(TorchFunctionMode):
