@@ -19,6 +19,7 @@ from learner.types import Rewards
 if TYPE_CHECKING:
     from cluster.admission import Admission
     from cluster.ledger import Ledger
+    from cluster.online import OnlineModels
     from cluster.run_folder import RunFolder
     from cluster.telemetry import Telemetry
     from cluster.weights import WeightStore
@@ -78,6 +79,7 @@ class RunContext:
     before: dict[str, Any] | None = None  # the evaluation before training, as summary.json has it
     score: float | None = None  # accuracy of the latest evaluation in mid-run, and the step it measured
     scored_step: int | None = None
+    online: OnlineModels | None = None  # reward models that learn beside the run
     scorer_versions: dict[str, str] = field(default_factory=dict)  # as first seen in this run, or accepted since
 
     def vault(self, name: str | None) -> Any:

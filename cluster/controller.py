@@ -43,6 +43,7 @@ from cluster.learner_loop import LearnerLoop
 from cluster.ledger import Ledger
 from cluster.lock import LockLost, RunLock
 from cluster.observed import Finder, export_observed
+from cluster.online import OnlineModels
 from cluster.refs import all_or_none, root_cause, value
 from cluster.report.end import write_at_end
 from cluster.report.samples import keep_samples
@@ -143,6 +144,7 @@ class Controller:
         )
         self.lock_keeper = asyncio.create_task(self._keep_lock(opened.lock))
         opened.apply(self.context)
+        self.context.online = self.online = OnlineModels(config, folder.root, vaults, telemetry.event)
         self.fleet = ActorFleet(self.context, self.parts.painter)
         waiting, scorers, _ = await all_or_none(
             self._bring_back(checkpoint), self._start_jury_and_ranks(checkpoint), self.fleet.start()
@@ -167,6 +169,7 @@ class Controller:
         """Reward servers, then the dispatcher and the ranks, which call them; the scorers with their addresses."""
         assert self.context is not None
         vaults = self.context.vaults
+        await self.online.start(checkpoint)
         scorers = await self._start_servers()
         self.ranks = LearnerGroup(self.config, vaults, scorers, self.parts.learner)
         self.dispatcher = Dispatcher.remote(scorers, self.config.reward, vaults)
@@ -213,8 +216,10 @@ class Controller:
     async def _start_server(self, scorer: ScorerConfig) -> ScorerConfig:
         if scorer.serve is None:
             return scorer
+        scorer = self.online.follow(scorer)
         host = ServerHost.options(num_cpus=0, num_gpus=scorer.gpus or 0).remote(scorer)
         self.hosts.append(host)
+        await self.online.bring(scorer.name, host)
         url = await value(host.start.remote())
         self.server_processes.append(await value(host.info.remote()))
         return scorer.model_copy(update={"urls": (url,), "serve": None})
@@ -269,6 +274,7 @@ class Controller:
         assert self.context is not None
         found = await self.finder.find(self.context, self._handles(), self.ranks.scorers)
         await export_observed(self.context, self.dispatcher, [*found, *self.server_processes])
+        await self.online.export(self.context)
 
     def _handles(self) -> dict[str, Any]:
         """Every actor of the run but this one, by the name of its process."""
@@ -277,7 +283,8 @@ class Controller:
         copies = self.ranks.copies.copies.values() if self.ranks.copies is not None else ()
         on_nodes = {f"host-copy-{index}": handle for index, handle in enumerate(copies)}
         vaults = self.context.vaults if self.context is not None else {}
-        return {**vaults, "dispatcher": self.dispatcher, **self.fleet.handles, **ranks, **hosts, **on_nodes}
+        handles = {**vaults, "dispatcher": self.dispatcher, **self.fleet.handles, **ranks, **hosts, **on_nodes}
+        return {**handles, **self.online.handles()}
 
     def _processes(self) -> list[dict[str, Any]]:
         """Name, pid and node of every process of the run that is known by pid."""
@@ -445,6 +452,8 @@ class Controller:
         background = self.fleet.background() if hasattr(self, "fleet") else []
         for task in [*background, *([self.hang_watch] if hasattr(self, "hang_watch") else [])]:
             task.cancel()
+        if self.context.online is not None:
+            await self.online.close()
         with contextlib.suppress(Exception):
             self.ranks.stop()
         actors = self.fleet.handles.values() if hasattr(self, "fleet") else ()

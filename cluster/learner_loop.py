@@ -166,6 +166,8 @@ class LearnerLoop:
         context.telemetry.observe("salon_update_seconds", seconds)
         context.telemetry.phase("learner", "update", seconds, lane="learner")
         context.telemetry.spans(report.spans, step=number)
+        if context.online is not None:
+            await context.online.boundary(number)
         await self.publish(wait=False)
         self._report(report, {**aggregated.metrics, **job.credit.metrics, **report.metrics}, groups, staleness, seconds)
         if self.keeper.due():
@@ -256,6 +258,8 @@ class LearnerLoop:
         self._restore_credit()
         again = context.ledger.rollback(self.keeper.step)
         context.step = self.keeper.step
+        if context.online is not None:
+            await context.online.roll_back(self.keeper.newest)
         context.telemetry.event(
             "learner_rebuilt", seconds=time.monotonic() - start, step=context.step, rolled_back=again,
             processes=self.group.processes,

@@ -154,6 +154,9 @@ def _places(config: RunConfig, needs: ObjectiveNeeds, card: ModelCard | None, so
             places.append(Place("reward server", 1, 0, gpus_a_replica(scorer), f"{scorer.name}: {scorer.serve}"))
         elif scorer.urls:
             places.append(Place("reward server", len(scorer.urls), 0, 0, f"{scorer.name}: {', '.join(scorer.urls)}"))
+    places += [
+        Place("online trainer", 1, each.cpus, each.gpus, f"{each.scorer}: {each.name}") for each in config.online
+    ]
     return places
 
 

@@ -4,6 +4,7 @@
       config.yaml      resolved configuration          manifest.json  code version, packages, weight digests, scorers
       ledger.sqlite    every group's life              metrics.jsonl, events.jsonl
       samples/         image grids                     checkpoints/   states a learner starts from
+      online/          versions of scorers that learn beside the run (contracts/versions.py)
       vaults/          bytes of groups alive           stacks/        stack dumps of hung processes
       summary.json     what came of it                 report.html
 
@@ -42,7 +43,7 @@ from contracts.errors import ConfigError
 
 LEDGER = "ledger.sqlite"
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "safetensors")
-_LOCAL_ONLY = ("vaults", "stacks", "checkpoints")  # checkpoints are uploaded whole (checkpoints/remote.py)
+_LOCAL_ONLY = ("vaults", "stacks", "checkpoints", "online")  # checkpoints are uploaded whole (checkpoints/remote.py)
 _LOCAL_SUFFIXES = (".tmp", ".lock", "-wal", "-shm", "-journal")
 
 

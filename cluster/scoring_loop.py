@@ -52,9 +52,13 @@ class ScoringLoop:
             attempt = ledger.lease_scoring(group_id, lease_s)
             if attempt is None:
                 return  # it was discarded meanwhile
+            online = self.context.online
+            since = {} if online is None else online.mark()
             try:
                 tables, spans = await asyncio.wait_for(self._tables(group_id, vault), lease_s)
-            except (RayActorError, RayTaskError, TimeoutError) as error:
+                if online is not None and (stale := online.stale(tables, since)):
+                    raise ScoringError(f"scored by a version that is not in use: {', '.join(stale)}")
+            except (RayActorError, RayTaskError, TimeoutError, ScoringError) as error:
                 if await self._lost(group_id, vault, attempt, error):
                     return
                 continue
@@ -95,7 +99,12 @@ class ScoringLoop:
         The group's lease is then taken back at the resume, and it is scored again.
         """
         known, context = self.context.scorer_versions, self.context
-        found = {name: table.version for name, table in tables.items() if table.version and table.valid().any()}
+        learning = () if context.online is None else context.online.models  # theirs change, and are told of elsewhere
+        found = {
+            name: table.version
+            for name, table in tables.items()
+            if table.version and table.valid().any() and name not in learning
+        }
         changed = {name: version for name, version in found.items() if known.get(name, version) != version}
         for name, version in changed.items():
             context.telemetry.event("scorer_version_changed", scorer=name, before=known[name], now=version)
@@ -130,6 +139,8 @@ class ScoringLoop:
         except StaleLease:
             self.context.telemetry.event("late_score", group=group_id, attempt=attempt)
             return
+        if self.context.online is not None and scored.header.source is Source.ACTORS:
+            self.context.online.offer(scored.header, str(self.context.ledger.row(group_id).vault))
         self._stop_if_hopeless(reason, tables)
         if reason is not None:
             self._count_discarded(group_id, scored.header.group_size, reason)

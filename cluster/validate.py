@@ -16,6 +16,7 @@ from cluster.checks.inputs import check_inputs, metadata_keys
 from cluster.checks.jury import ask_servers, check_jury, check_metadata
 from cluster.checks.machines import check_machines, check_resources
 from cluster.checks.method import check_method, method_warnings
+from cluster.checks.online import check_online
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors
 
@@ -29,6 +30,7 @@ def check(config: RunConfig) -> list[ConfigError]:
         *check_jury(config, declared),
         *check_aggregation(config, declared),
         *check_metadata(config, declared, metadata_keys(config)),
+        *check_online(config),
         *check_inputs(config, declared),
         *check_machines(config),
     ]

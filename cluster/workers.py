@@ -20,13 +20,14 @@ import ray
 from cluster.checkpoints.remote import RemoteCheckpoints, learner_files_here, url_of
 from cluster.host_copies import Sender, describe
 from cluster.step import unpainted_group
-from contracts import registry
+from contracts import registry, versions
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
 from contracts.config.scoring import ScorerConfig
 from contracts.digests import digest_images
 from contracts.errors import VaultFull, WeightsTimeout
 from contracts.spans import SpanLog, wall_clock
+from contracts.versions import Files
 from contracts.wire import PaintReceipt, PromptSpec, PromptTask, Source, StepReport, WeightOffer, WeightProof
 from learner.state_writer import FileDigests, PendingSave
 from learner.types import StepJob
@@ -353,6 +354,15 @@ class ServerHost:
                 self._launch()
                 threading.Thread(target=self._watch, daemon=True, name="server-watch").start()
             return self.process.url
+
+    def place(self, folder: str, files: Files) -> None:
+        """Write a version of the scorer on this machine, where it is another than the controller's."""
+        version, _, _ = versions.unpack(files)
+        versions.place(Path(folder), version, files)
+
+    def flip(self, folder: str, name: str) -> None:
+        """Put a version in use here."""
+        versions.flip(Path(folder), name)
 
     def info(self) -> dict[str, Any]:
         """Process id, restarts, and node of the server."""

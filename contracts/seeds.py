@@ -24,6 +24,7 @@ class Stream(StrEnum):
     EVAL = "eval"
     CANARY = "canary"
     MODEL_INIT = "model_init"  # LoRA and critic initialisation
+    ONLINE = "online"  # heads, references and labels drawn by reward models that learn beside the run
 
 
 def derive_seed(run_seed: int, stream: Stream, *ids: int) -> int:

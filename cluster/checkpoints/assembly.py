@@ -40,15 +40,22 @@ def assemble(
     vault_folders: Mapping[str, Path],
     read_from_vault: ReadFromVault,
     of_learner: FileDigests,
+    online: Mapping[str, Path] | None = None,
 ) -> None:
-    """Add everything to the folder that holds the learner's files already, all of it on disk at the end."""
+    """Add everything to the folder that holds the learner's files already, all of it on disk at the end.
+
+    online: files of reward models that learn beside the run, by their names in the checkpoint.
+    """
     copy_ledger(ledger, folder / LEDGER)
     with closing(LedgerReader(folder / LEDGER)) as copy:
         rows = copy.needed_after(state.step)
     (folder / GROUPS).mkdir(exist_ok=True)
     names = [name for row in rows for name in _copy_group(row, folder / GROUPS, vault_folders, read_from_vault)]
     write_run_state(folder, state)
-    own = [LEDGER, RUN, *(f"{GROUPS}/{name}" for name in sorted(set(names)))]
+    for name, source in (online or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    own = [LEDGER, RUN, *(online or {}), *(f"{GROUPS}/{name}" for name in sorted(set(names)))]
     for name in own:
         _file_to_disk(folder / name)
     write_manifest(folder, state, {**of_learner, **{name: digest_file(folder / name) for name in own}})

@@ -127,6 +127,7 @@ class CheckpointKeeper:
             step=context.step, seed=context.config.seed, position=context.ledger.next_position(),
             train_seconds=context.train_seconds(), credit=self._credit_state(), before=context.before,
             score=context.score, scored_step=context.scored_step,
+            online={} if context.online is None else context.online.state(),
         )  # fmt: skip
 
     async def _complete(self, folder: Path, state: RunState, start: float) -> None:
@@ -159,7 +160,10 @@ class CheckpointKeeper:
             except RayTaskError as error:
                 raise NotStored(str(error.cause)) from error
 
-        await asyncio.to_thread(assemble, folder, state, context.folder.ledger, vaults, read_from_vault, of_learner)
+        online = {} if context.online is None else context.online.files(state.online)
+        await asyncio.to_thread(
+            assemble, folder, state, context.folder.ledger, vaults, read_from_vault, of_learner, online
+        )
         if self._remote is not None:
             own = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
             mine = [name for name in own if name != layout.MANIFEST and name not in of_learner]

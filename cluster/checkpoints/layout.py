@@ -4,6 +4,7 @@
       state.json, *.safetensors    the learner: weights, moments, snapshots, by parameter name (learner/state.py)
       run.json                     the rest of the run: credit and guard state, cursor, times, evaluation (RunState)
       ledger.sqlite                the ledger, a consistent copy
+      online/<scorer>/<version>/   reward models that learn beside the run: the version in use, its trainer's state
       groups/                      bytes of live groups and their prompt embeddings, as vaults keep them
       manifest.json                every file's size and SHA-256; written last
 
@@ -51,6 +52,7 @@ class RunState:
     before: dict[str, Any] | None = None  # the evaluation before training
     score: float | None = None  # of the latest evaluation in mid-run
     scored_step: int | None = None
+    online: dict[str, str] = field(default_factory=dict)  # scorer that learns beside the run -> version in use
 
 
 @dataclass(frozen=True)

@@ -101,17 +101,20 @@ def _local_ray(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def wanted_cpus(config: RunConfig) -> float:
-    """CPUs that actors and ranks reserve with Ray; every other process reserves none."""
-    return config.rollout.actors * config.rollout.cpus_per_actor + config.learner.ranks * config.learner.cpus_per_rank
+    """CPUs that actors, ranks and online trainers reserve with Ray; every other process reserves none."""
+    painting, learning = config.rollout, config.learner
+    online = sum(each.cpus for each in config.online)
+    return painting.actors * painting.cpus_per_actor + learning.ranks * learning.cpus_per_rank + online
 
 
 def wanted_gpus(config: RunConfig) -> float:
-    """GPUs that actors, ranks and the reward servers the run starts reserve with Ray."""
+    """GPUs that actors, ranks, online trainers and the reward servers the run starts reserve with Ray."""
     servers = sum(gpus_a_replica(scorer) for scorer in config.scorers if scorer.serve)
     return (
         config.rollout.actors * config.rollout.gpus_per_actor
         + config.learner.ranks * config.learner.gpus_per_rank
         + servers
+        + sum(each.gpus for each in config.online)
     )
 
 

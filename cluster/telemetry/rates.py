@@ -35,7 +35,7 @@ class Accelerators:
 
 
 def count_accelerators(config: RunConfig, source: Source = Source.ACTORS) -> Accelerators:
-    """All GPUs of a run: actors, learner and reward servers, those reached by URL included.
+    """All GPUs of a run: actors, learner and reward servers, those reached by URL and online trainers included.
 
     A replica behind a URL counts as one whole GPU unless `gpus` says otherwise: what scores for the run is part of its
     cost, whoever started it. Without any GPU each process that works (actor, rank, reward server) is one CPU slot.
@@ -43,9 +43,10 @@ def count_accelerators(config: RunConfig, source: Source = Source.ACTORS) -> Acc
     painting = config.rollout.actors if source is not Source.LEARNER else 0
     gpus_painting, gpus_learning = painting * config.rollout.gpus_per_actor, _gpus_learning(config)
     if gpus_painting + gpus_learning == 0:
-        servers = sum(_replicas(scorer) for scorer in config.scorers)
+        servers = sum(_replicas(scorer) for scorer in config.scorers) + len(config.online)
         return Accelerators(painting, config.learner.ranks, servers, "cpu slot")
     scoring = sum(_replicas(scorer) * gpus_a_replica(scorer) for scorer in config.scorers)
+    scoring += sum(each.gpus for each in config.online)
     return Accelerators(gpus_painting, gpus_learning, scoring, "gpu")
 
 

@@ -1,0 +1,201 @@
+"""A whole run whose reward model learns beside it: versions flip between steps, are recorded, kept, and come back."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.checkpoints import newest_whole
+from cluster.checks.online import check_online
+from cluster.ledger.reader import LedgerReader
+from cluster.online import OnlineModels
+from cluster.telemetry import Telemetry
+from contracts import versions
+from contracts.config import RunConfig
+from contracts.scores import point_table
+from contracts.wire import GroupHeader, PromptSpec
+from tests.cluster.whole_run import books_of, folder_of, shared_ray
+from tests.laws.run_kit import events, run_on_cluster, tiny_config
+from tests.reward_servers.online_kit import flat, write_references
+
+STEPS = 6
+
+
+def build_dino(folder: Path) -> None:
+    """A tiny DINOv2 in the official format: 28 pixels, four patches."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.3] * 3
+    ).save_pretrained(folder)
+
+
+def online_config(model: Path, root: Path, **changes: Any) -> RunConfig:
+    references = write_references(root / "references", flat((200, 40, 40)))
+    return tiny_config(
+        model, root / "runs",
+        scorers=[
+            {"name": "colour", "serve": "colourfulness", "held_out": True},
+            {"name": "real", "serve": "adversarial_dino",
+             "options": {"model": str(root / "dino"), "size": None, "patches": 2}},
+        ],
+        online=[{"name": "adversarial_dino", "scorer": "real", "references": references, "per_prompt": False,
+                 "lr": 1e-2, "hidden": 8}],
+        checkpoint={"every_steps": 2},
+        **{"stop__steps": STEPS, **changes},
+    )  # fmt: skip
+
+
+def versions_of(config: RunConfig, step: int | None = None) -> dict[int, str]:
+    """Version of the online scorer in each scored group's table; step: of the groups trained in it."""
+    with closing(LedgerReader(folder_of(config) / "ledger.sqlite")) as ledger:
+        tables = {row.group_id: ledger.tables(row.group_id) for row in ledger.rows(step=step)}
+    return {group: found["real"].version for group, found in tables.items() if "real" in found}
+
+
+def name_of(version: str) -> str:
+    """The version's own name in what a table says: <scorer>-<frozen weights>-<name>."""
+    return "-".join(version.split("-")[-2:])
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("online_run")
+    build_dino(root / "dino")
+    config = online_config(tiny_model_folder, root)
+    with shared_ray():
+        first = run_on_cluster(config)
+        kept = {"books": books_of(config), "checkpoint": newest_whole(folder_of(config) / "checkpoints")[0],
+                "events": events(config, "online_version")}  # fmt: skip
+        longer = online_config(tiny_model_folder, root, stop__steps=STEPS + 1)
+        second = resume_on_cluster(longer)
+    return config, {"first": first, "second": second, **kept}
+
+
+def resume_on_cluster(config: RunConfig) -> dict[str, Any]:
+    import ray
+
+    from cluster.controller import ControllerActor
+    from cluster.driver import worker_environment
+
+    controller = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)}).remote(
+        config, None, True
+    )
+    return ray.get(controller.run.remote())
+
+
+@pytest.mark.slow
+def test_versions_flip_between_steps_and_every_group_has_one(ran: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, found = ran
+    assert found["first"]["outcome"] == "finished"
+    assert found["books"].balanced
+    assert found["books"].trained > 0
+    flipped = [event["version"] for event in found["events"]]
+    assert flipped, "the trainer's versions came into use"
+    assert len(set(flipped)) == len(flipped)
+    by_step = [{name_of(version) for version in versions_of(config, step).values()} for step in range(1, STEPS + 1)]
+    assert all(len(names) == 1 for names in by_step), "at staleness 0 a step's groups are of one version"
+    used = [names.pop() for names in by_step]
+    assert len(set(used)) >= 2
+    assert used == sorted(used), "and versions follow one another"
+    came_in = {event["step"]: event["version"] for event in found["events"]}
+    for step in range(2, STEPS + 1):
+        assert used[step - 1] == came_in.get(step - 1, used[step - 2]), "a version serves from the step after its flip"
+
+
+@pytest.mark.slow
+def test_the_checkpoint_holds_the_version_in_use_and_a_resume_begins_with_it(
+    ran: tuple[RunConfig, dict[str, Any]],
+) -> None:
+    config, found = ran
+    checkpoint = found["checkpoint"]
+    kept = checkpoint.run_state().online["real"]
+    files = versions.read(checkpoint.path / "online" / "real", kept)
+    version, weights, state = versions.unpack(files)
+    assert version.name == kept
+    assert any(name.startswith("exp_avg/") for name in state), "its trainer goes on from its moments"
+    assert all(np.isfinite(array).all() for array in weights.values() if array.dtype.kind == "f")
+    assert found["second"]["steps"] == STEPS + 1
+    assert {name_of(version) for version in versions_of(config, STEPS + 1).values()} == {kept}
+    assert events(config, "scorer_version_changed") == [], "it is expected of this scorer"
+
+
+class Hung:
+    """A handle of a trainer that takes every call and answers none."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*_: Any) -> asyncio.Future[Any]:
+            self.calls.append(name)
+            return asyncio.get_running_loop().create_future()
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_a_trainer_that_hangs_costs_dropped_copies_and_no_wait(tiny_model_folder: Path, tmp_path: Path) -> None:
+    config = online_config(tiny_model_folder, tmp_path)
+    told: list[str] = []
+    header = GroupHeader(group_id=0, attempt=0, prompt=PromptSpec(text="p"), group_size=4, weight_version=0,
+                         prompt_digest="d")  # fmt: skip
+    telemetry = Telemetry(config, tmp_path, serve=False)
+
+    async def go() -> OnlineModels:
+        online = OnlineModels(config, tmp_path, {}, lambda kind, **_: told.append(kind))
+        model = online.models["real"]
+        model.handle, model.folder = Hung(), tmp_path / "versions"
+        model.folder.mkdir()
+        for number in range(2):
+            version, files = versions.pack(number, {"a": np.array([number])}, {}, {})
+            versions.place(model.folder, version, files)
+            model.staged = version.name
+            await online.boundary(number)
+        for _ in range(20):
+            online.offer(header, "vault-0")
+        await asyncio.sleep(0)
+        assert model.handle.calls.count("offer") == 16
+        await online.export(SimpleNamespace(telemetry=telemetry), answer_s=0.01)  # type: ignore[arg-type]
+        marked = online.mark()
+        assert table_is_stale(online, model.used[1], marked) is False
+        assert table_is_stale(online, model.used[0], marked), "not in use since scoring began"
+        assert table_is_stale(online, model.used[0], {"real": 0}) is False
+        for task in model.offers:
+            task.cancel()
+        return online
+
+    online = asyncio.run(go())
+    assert told == ["online_version", "online_version"]
+    assert versions.current(online.models["real"].folder) == online.state()["real"]
+    row = telemetry.snapshot()
+    telemetry.close()
+    assert {value for key, value in row.items() if key.startswith("online_groups_dropped_total")} == {4.0}
+    assert {value for key, value in row.items() if key.startswith("online_version")} == {1.0}
+
+
+def table_is_stale(online: OnlineModels, version: str, since: dict[str, int]) -> bool:
+    table = point_table("real", f"1-aaaa-{version}", ["reward"], np.ones(2))
+    return online.stale({"real": table}, since) != []
+
+
+def test_mismatches_are_found_before_the_first_image(tiny_model_folder: Path, tmp_path: Path) -> None:
+    def problems(**changes: Any) -> str:
+        return "\n".join(map(str, check_online(online_config(tiny_model_folder, tmp_path, **changes))))
+
+    assert problems() == ""
+    assert "nothing trains real" in problems(online=[])
+    entry = {"name": "adversarial_dino", "scorer": "real", "references": "nowhere.jsonl"}
+    assert "nowhere.jsonl is not there" in problems(online=[entry])
+    assert "trained twice" in problems(online=[entry, entry])
+    assert "no scorer is called 'unreal'" in problems(online=[{**entry, "scorer": "unreal"}])
+    assert "colour is no adversarial_dino" in problems(online=[{**entry, "scorer": "colour"}])
+    judged = {"name": "distilled", "scorer": "real", "judge": {"name": "j", "serve": "jpeg_size"}}
+    assert "a judge is not served by the run" in problems(online=[judged])
