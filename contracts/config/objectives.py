@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from contracts.config.aggregation import AggregationConfig, WeightedSumConfig
 from contracts.config.base import Section
@@ -67,6 +67,10 @@ class NFTConfig(Section):
         default="self_normalised", description="of the implicit policies: in x_0 over its own size, as published, "
         "or in the velocity, as flow matching has it",
     )  # fmt: skip
+    advantage_levels: tuple[float, float] = Field(
+        default=(0.0, 0.0), description="noise levels between which advantages fade in; below, samples only pull "
+        "(sample_pull). (0, 0): they count everywhere, as published",
+    )  # fmt: skip
     noise_per: Literal["sample", "group"] = Field(
         default="sample", description="group: the samples of a group share times and noise, which cancels what is "
         "common to them, as centred advantages sum to 0",
@@ -74,6 +78,13 @@ class NFTConfig(Section):
     decay_flat: int = Field(default=0, ge=0, description="old-policy EMA: decay 0 up to this optimizer step")
     decay_rate: float = Field(default=0.001, ge=0)
     decay_hold: float = Field(default=0.5, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> NFTConfig:
+        low, high = self.advantage_levels
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"advantage_levels {low}, {high} do not rise within 0 to 1")
+        return self
 
 
 class DPOConfig(Section):

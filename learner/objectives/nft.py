@@ -16,6 +16,9 @@ error "velocity" leaves the weights w± out: l± = mean_d (v± - (eps - x_0))^2,
 weighting. Where x_t tells x_0 the error is small, and so is then the push away from a bad sample; divided by w± it is
 as strong as anywhere, and pushes the velocity at bad samples without bound (docs/decisions/0013).
 
+advantage_levels fades advantages out below the levels at which x_t leaves x_0 open: a sample's reward says nothing
+about a velocity that it determines, and what is left there, p, holds the policy to its samples.
+
 p = sample_pull is ours (the paper has 0): with centred advantages nothing holds v to the samples it makes, and at high
 noise, where a step hardly moves the sample, v drifts unseen until the run falls apart (docs/decisions/0011).
 Does not own: advantages (credit/group.py), the snapshots themselves (learner/snapshots.py).
@@ -65,6 +68,13 @@ class NFT(Objective[NFTConfig]):
         times = grid_times if self.config.time_grid == "rollout" else uniform_times
         return times(batch, seed, draw)
 
+    def share(self, s: Tensor) -> Tensor:
+        """How much of an advantage counts at levels s [B]: 0 below advantage_levels, 1 above, linear between."""
+        low, high = self.config.advantage_levels
+        if high == 0:
+            return torch.ones_like(s)
+        return ((s - low) / max(high - low, 1e-6)).clamp(0, 1)
+
     def optimality(self, advantage: Tensor) -> Tensor:
         """r, float64: in [0,1], and sample_pull/(2c) above that with a pull."""
         clip = self.config.advantage_clip
@@ -79,7 +89,7 @@ class NFT(Objective[NFTConfig]):
             positive, negative = velocity_losses(v, old, noised, self.config.beta)
         else:
             positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
-        r = self.optimality(batch.advantage)
+        r = self.optimality(batch.advantage * self.share(noised.s))
         row_loss = self.config.advantage_clip * (r * positive + (1 - r) * negative) / self.config.beta
         means = Means(batch.weight)
         means.add("policy_loss", row_loss)

@@ -174,6 +174,33 @@ def test_nft_in_velocity_has_the_closed_form_gradient_at_the_old_policy(b):
     torch.testing.assert_close(found, gradient(weighted.sum(), policy.module), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("level", "share"), [(0.3, 0.0), (0.6, 0.0), (0.75, 0.5), (0.9, 1.0), (1.0, 1.0)])
+def test_nft_advantages_fade_in_between_two_levels(level, share):
+    objective, _ = nft(toy_policy(), advantage_levels=(0.6, 0.9))
+    assert float(objective.share(torch.tensor([level]))) == pytest.approx(share, abs=1e-6)
+    assert float(nft(toy_policy())[0].share(torch.tensor([level]))) == 1.0
+
+
+def test_nft_below_the_levels_of_its_advantages_only_pulls():
+    policy = toy_policy()
+    objective, model = nft(policy, kl_beta=0.0, draws=1, advantage_levels=(1.0, 1.0), sample_pull=0.1, error="velocity")
+    batch = at_all(policy, objective, model, painted(policy))
+    assert (objective.noised(batch, 0).s < 1).any()
+    flipped = replace(batch, advantage=-batch.advantage)
+    below = replace(batch, weight=(objective.noised(batch, 0).s < 1).float())
+    found = [
+        gradient(batch_loss(objective, model, replace(each, weight=below.weight)), policy.module)
+        for each in (batch, flipped)
+    ]
+    torch.testing.assert_close(*found)
+    assert found[0].norm() > 0
+
+
+def test_nft_levels_of_advantages_must_rise():
+    with pytest.raises(ValueError, match="do not rise"):
+        NFTConfig(advantage_levels=(0.9, 0.6))
+
+
 def test_nft_velocity_losses_are_their_formula():
     torch.manual_seed(1)
     v, old, clean = torch.randn(3, 2, 1, 2, 2)
