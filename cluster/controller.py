@@ -58,7 +58,7 @@ from cluster.telemetry import Telemetry, watchdog
 from cluster.telemetry.progress import seconds_left
 from cluster.telemetry.watchdog import Watchdog
 from cluster.upkeep import Upkeep
-from cluster.vault import Vault
+from cluster.vault import start_vaults
 from cluster.weights import WeightStore
 from cluster.workers import ServerHost
 from contracts.config import RunConfig
@@ -71,9 +71,6 @@ log = logging.getLogger("salon.controller")
 
 END_S = 30.0
 """Time the loops have to end once the run has failed; whoever still waits then is cancelled."""
-
-VAULT_WAIT_S = 0.5
-"""Time a write waits for room within its vault: its actor asks again (workers.py), and other writes get their turn."""
 
 EVAL_ATTEMPTS = 5
 """Times a chunk of an evaluation is painted before the run gives up on it."""
@@ -136,7 +133,7 @@ class Controller:
         folder, checkpoint, self.run_lock = opened.folder, opened.checkpoint, opened.lock
         ledger = Ledger(folder.ledger)
         telemetry = Telemetry(config, folder.root, source=group_source(config))
-        vaults = self._create_vaults(folder)
+        vaults = start_vaults(config, folder)
         source = make_source(config)
         admission = Admission(ledger, config, group_source(config))
         self.context = RunContext(
@@ -196,18 +193,6 @@ class Controller:
         )  # fmt: skip
         dog.start()
         return dog
-
-    def _create_vaults(self, folder: RunFolder) -> dict[str, Any]:
-        vault = self.config.vault
-        return {
-            f"vault-{index}": Vault.options(name=f"{self.config.name}-vault-{index}-{os.getpid()}").remote(
-                str(folder.vault(index)),
-                vault.memory_mb * 2**20,
-                None if vault.disk_mb is None else vault.disk_mb * 2**20,
-                VAULT_WAIT_S,
-            )
-            for index in range(vault.count)
-        }
 
     async def _start_servers(self) -> list[ScorerConfig]:
         """Start every scorer the run serves itself; returns the scorers with their addresses filled in."""

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray
@@ -36,9 +36,15 @@ from contracts import codec
 from contracts.errors import NotStored, PayloadError, VaultError, VaultFull
 from contracts.wire import GroupHeader, Message
 
+if TYPE_CHECKING:
+    from cluster.run_folder import RunFolder
+    from contracts.config import RunConfig
+
 MIN_FREE_BYTES = 256 * 2**20
 WAITING_S = 60.0
 """How long a painting that found no room counts as waiting; whoever waits asks again far more often."""
+ROOM_WAIT_S = 0.5
+"""Time a write of a run waits for room within its vault: its actor asks again (workers.py), others get their turn."""
 _GROUP_FILE = re.compile(r"^group-(\d+)-(\d+)\.safetensors$")
 _DIGEST = re.compile(r"^[A-Za-z0-9_-]{1,128}$")
 ALL_SAMPLES = slice(None)
@@ -467,3 +473,15 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return False
     return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def start_vaults(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    """The run's vaults by name, as Ray actors over its folder."""
+    vault = config.vault
+    return {
+        f"vault-{index}": Vault.options(name=f"{config.name}-vault-{index}-{os.getpid()}").remote(  # type: ignore[attr-defined]
+            str(folder.vault(index)), vault.memory_mb * 2**20,
+            None if vault.disk_mb is None else vault.disk_mb * 2**20, ROOM_WAIT_S,
+        )
+        for index in range(vault.count)
+    }  # fmt: skip

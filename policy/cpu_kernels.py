@@ -70,7 +70,8 @@ class _LastKeyBias(TorchFunctionMode):
         if func is scaled_dot_product_attention:
             if not _is_plain(args, options):
                 raise TypeError("attention with a mask, dropout or causality cannot count a key more than once")
-            return func(*args, attn_mask=_bias(args[1], args[0].dtype))
+            query, key, value = args
+            return func(query, key, value, attn_mask=_bias(key, query.dtype))
         return func(*args, **options)
 
 
