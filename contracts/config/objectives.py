@@ -67,6 +67,9 @@ class NFTConfig(Section):
         default="self_normalised", description="of the implicit policies: in x_0 over its own size, as published, "
         "or in the velocity, as flow matching has it",
     )  # fmt: skip
+    level_power: float = Field(
+        default=0.0, ge=0, description="k: velocity errors at noise level s weigh s^k; 2 makes them errors in x_0"
+    )
     advantage_levels: tuple[float, float] = Field(
         default=(0.0, 0.0), description="noise levels between which advantages fade in; below, samples only pull "
         "(sample_pull). (0, 0): they count everywhere, as published",

@@ -12,9 +12,9 @@ policy moves once a learner step: old = d old + (1-d) current, d = min((optimize
 With noise_per "group" the gradient's part that all samples of a group have in common cancels: their advantages sum to
 zero. Diffusion-DPO (2311.12908) does the same with the two samples of a pair; here it is ours.
 
-error "velocity" leaves the weights w± out: l± = mean_d (v± - (eps - x_0))^2, the paper's loss before its section on
-weighting. Where x_t tells x_0 the error is small, and so is then the push away from a bad sample; divided by w± it is
-as strong as anywhere, and pushes the velocity at bad samples without bound (docs/decisions/0013).
+error "velocity" leaves the weights w± out: l± = t^k mean_d (v± - (eps - x_0))^2, k = level_power (2: plain errors in
+x_0). Where x_t tells x_0 the error is small, and so is then the push away from a bad sample; divided by w± it is as
+strong as anywhere, and pushes the velocity at bad samples without bound (docs/decisions/0013).
 
 advantage_levels fades advantages out below the levels at which x_t leaves x_0 open: a sample's reward says nothing
 about a velocity that it determines, and what is left there, p, holds the policy to its samples.
@@ -86,7 +86,8 @@ class NFT(Objective[NFTConfig]):
         v = velocity(model, batch, noised)
         old = batch.prepass["old"][:, p]
         if self.config.error == "velocity":
-            positive, negative = velocity_losses(v, old, noised, self.config.beta)
+            weight = noised.s.double() ** self.config.level_power
+            positive, negative = (weight * loss for loss in velocity_losses(v, old, noised, self.config.beta))
         else:
             positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
         r = self.optimality(batch.advantage * self.share(noised.s))

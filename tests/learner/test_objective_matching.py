@@ -162,15 +162,18 @@ def test_nft_minimiser_of_the_unweighted_loss_is_old_plus_two_over_b():
     assert abs(float(slope)) < 1e-12
 
 
+@pytest.mark.parametrize("power", [0.0, 2.0])
 @pytest.mark.parametrize("b", [0.3, 1.0])
-def test_nft_in_velocity_has_the_closed_form_gradient_at_the_old_policy(b):
-    """dL/dv = 2 (A + p) (v - (eps - x_0)) / dims at v = v_old, whatever b is."""
+def test_nft_in_velocity_has_the_closed_form_gradient_at_the_old_policy(b, power):
+    """dL/dv = 2 (A + p) s^k (v - (eps - x_0)) / dims at v = v_old, whatever b is; k = 2: errors in x_0."""
     policy = toy_policy()
-    objective, model = nft(policy, beta=b, kl_beta=0.0, sample_pull=0.1, error="velocity", advantage_clip=1.0, draws=1)
+    objective, model = nft(policy, beta=b, kl_beta=0.0, sample_pull=0.1, error="velocity", advantage_clip=1.0, draws=1,
+                           level_power=power)  # fmt: skip
     batch = at_all(policy, objective, model, painted(policy))
     found = gradient(batch_loss(objective, model, batch), policy.module)
     noised = objective.noised(batch, 0)
-    weighted = (batch.advantage.double() + 0.1) * mean_square(velocity(model, batch, noised), noised.target)
+    v, scale = velocity(model, batch, noised), noised.s.view(-1, 1, 1, 1) if power else 1.0
+    weighted = (batch.advantage.double() + 0.1) * mean_square(scale * v, scale * noised.target)
     torch.testing.assert_close(found, gradient(weighted.sum(), policy.module), rtol=1e-4, atol=1e-6)
 
 
