@@ -73,7 +73,7 @@ docs: $(STAMP)  ## regenerate docs/configuration.md
 bench: $(STAMP)  ## run the benchmarks (interleaved A/B)
 	@$(PY) -m benchmarks run $(ARGS)
 
-soak: $(STAMP)  ## train for long with faults injected
+soak: $(STAMP)  ## train for long with faults injected; ARGS=jury: 100,000 requests to reward servers that are killed
 	@$(PY) -m benchmarks soak $(ARGS)
 
 ops-check: $(STAMP)  ## check images, compose file, rules, dashboards and manifests, offline

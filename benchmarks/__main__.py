@@ -2,6 +2,7 @@
 
     python -m benchmarks run [NAME ...] [options]    docs/benchmarks.md and .json
     python -m benchmarks soak [--minutes M] ...      a long run with faults (soak.py)
+    python -m benchmarks soak jury [--requests N]    reward servers under fire (jury_soak.py)
 
 Every benchmark runs in a process of its own, one after the other, on one thread a process, and is written down when it
 ends: one that fails or outlives its limit costs no other its figures. With `--repeats`, `--seconds` or `--steps` below
@@ -86,7 +87,12 @@ def one(name: str, options: str, target: Path) -> None:
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def soak(arguments: tuple[str, ...]) -> None:
-    """A long run with faults injected and its books checked throughout."""
+    """A long run with faults injected and its books checked throughout; `soak jury`: requests to servers under fire."""
+    if arguments[:1] == ("jury",):
+        from benchmarks.jury_soak import main as jury_main
+
+        jury_main(list(arguments[1:]))
+        return
     from benchmarks.soak import main as soak_main
 
     soak_main(list(arguments))

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -171,7 +171,7 @@ async def _batches(endpoint: Endpoint, http: httpx.AsyncClient) -> dict[str, flo
 def as_json(url: str, info: ScorerInfo, load: Load, levels: Sequence[Level]) -> dict[str, Any]:
     """Everything that was measured, as plain values; a time that nothing had is null."""
     rows = [
-        {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in asdict(level).items()}
+        {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in vars(level).items()}
         for level in levels
     ]
     return {
@@ -189,7 +189,7 @@ def show(url: str, info: ScorerInfo, load: Load, levels: Sequence[Level]) -> Non
     table = Table(
         title=f"{info.name} {info.version} at {url}: {load.images} of {shape} a request", title_justify="left"
     )
-    names = ("callers", "requests", "p50 ms", "p90 ms", "p99 ms", "requests/s", "images/s", "batch", "not ok")
+    names = ("callers", "asked", "p50 ms", "p90 ms", "p99 ms", "req/s", "img/s", "batch", "not ok")
     for name in names:
         table.add_column(name, justify="right")
     for level in levels:

@@ -17,7 +17,9 @@ from typing import Any
 import yaml
 
 from cluster.deploy import tools
+from cluster.deploy.scorer import Wanted, as_yaml, documents
 from cluster.deploy.tools import ROOT, MissingTool
+from contracts.metrics import BY_NAME
 
 DEPLOY = ROOT / "cluster/deploy"
 DOCKER = ROOT / "docker"
@@ -155,14 +157,28 @@ def expressions() -> list[str]:
 
 
 def manifests() -> Iterator[str]:
-    """Kubernetes' own kinds by their schemas; that what PodMonitors and Services select exists, ports included."""
-    import kubernetes_validate
-
+    """Kubernetes' own kinds by their schemas; that what PodMonitors and Services select exists, ports included; that
+    an HPA has its target and its series. Of what scorer.py makes too.
+    """
     found = [
         (path.name, document)
         for path in sorted((DEPLOY / "k8s").glob("*.yaml"))
         for document in yaml.safe_load_all(path.read_text(encoding="utf-8"))
     ]
+    yield from manifest_problems(found)
+    monitors = [each for each in found if each[1].get("metadata", {}).get("name") == "salon-reward"]
+    for wanted in (
+        Wanted("playground_verifier", "verifier"),
+        Wanted("pickscore", "taste", ("model=/models/x",), gpus=1, models="salon-models"),
+    ):
+        made = [(f"scorer {wanted.scorer}", each) for each in yaml.safe_load_all(as_yaml(documents(wanted)))]
+        yield from manifest_problems([*made, *monitors])
+
+
+def manifest_problems(found: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """What is wrong with documents that are to be applied together, each with the name of where it stands."""
+    import kubernetes_validate
+
     pods = [pod for _, document in found for pod in _pods(document)]
     for name, document in found:
         where = f"{name}: {document['kind']} {document.get('metadata', {}).get('name', '')}"
@@ -171,9 +187,10 @@ def manifests() -> Iterator[str]:
                 kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
             except kubernetes_validate.ValidationError as error:
                 yield f"{where}: {error.message}"
+                continue
         elif CUSTOM_KINDS[document["kind"]] not in ("", document["apiVersion"]):
             yield f"{where}: apiVersion {document['apiVersion']} is not {CUSTOM_KINDS[document['kind']]}"
-        for problem in _selection_problems(document, pods):
+        for problem in (*_selection_problems(document, pods), *_scaling_problems(document, found)):
             yield f"{where}: {problem}"
     for labels, spec in pods:
         if not spec["securityContext"].get("runAsNonRoot") or spec["securityContext"].get("runAsUser") != 1000:
@@ -207,6 +224,30 @@ def _selection_problems(document: dict[str, Any], pods: list[tuple[dict[str, str
         named = {port["name"] for container in pod_spec["containers"] for port in container.get("ports", [])}
         for port in set(ports) - named:
             yield f"a pod it selects has no port {port}"
+
+
+def _scaling_problems(document: dict[str, Any], found: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """Of an HPA: whom it scales, and by which series, which a pod must export and a PodMonitor must fetch."""
+    if document["kind"] != "HorizontalPodAutoscaler":
+        return
+    target = document["spec"]["scaleTargetRef"]
+    scaled = [
+        each for _, each in found
+        if (each["kind"], each.get("metadata", {}).get("name")) == (target["kind"], target["name"])
+    ]  # fmt: skip
+    if not scaled:
+        yield f"scales {target['kind']} {target['name']}, which does not exist"
+    for metric in document["spec"]["metrics"]:
+        name = metric["pods"]["metric"]["name"]
+        if name not in BY_NAME or BY_NAME[name].role != "reward_server":
+            yield f"scales by {name}, which no reward server exports"
+    if document["spec"].get("minReplicas", 1) > document["spec"]["maxReplicas"]:
+        yield "has more replicas at least than at most"
+    monitors = [each["spec"]["selector"] for _, each in found if each["kind"] == "PodMonitor"]
+    for each in scaled:
+        labels = each["spec"]["template"]["metadata"]["labels"]
+        if not any(_selects(selector, labels) for selector in monitors):
+            yield f"no PodMonitor fetches the series of {target['name']}"
 
 
 def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:

@@ -31,6 +31,7 @@ def jury() -> None:
 @click.option("--cpus", default=1.0, show_default=True, type=click.FloatRange(0), help="Reserved for a replica.")
 @click.option("--gpus", default=0.0, show_default=True, type=click.FloatRange(0), help="Reserved for a replica.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Keyword argument of the scorer (YAML).")
+@click.option("--env", "variables", multiple=True, metavar="NAME", help="Variable of this shell its replicas get.")
 @click.option("--max-batch", default=64, show_default=True, type=click.IntRange(1), help="Images in one scorer call.")
 @click.option("--max-wait-ms", default=5.0, show_default=True, type=click.FloatRange(0), help="Wait for company.")
 @click.option("--queue", default=1024, show_default=True, type=click.IntRange(1), help="Waiting images before 429.")
@@ -40,8 +41,8 @@ def jury() -> None:
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="The same.")
 @_address
 def deploy(
-    scorer: str, name: str | None, address: str | None, options: tuple[str, ...], max_wait_ms: float, max_body_mb: int,
-    cpus: float, gpus: float, **given: Any,
+    scorer: str, name: str | None, address: str | None, options: tuple[str, ...], variables: tuple[str, ...],
+    max_wait_ms: float, max_body_mb: int, cpus: float, gpus: float, **given: Any,
 ) -> None:  # fmt: skip
     """Deploy SCORER (of `reward_servers list`, or module:Class) and wait until it is ready.
 
@@ -62,7 +63,7 @@ def deploy(
         max_wait_s=max_wait_ms / 1000, max_body_bytes=max_body_mb * 2**20, **{key: given.pop(key) for key in limits}
     )
     wanted = Deployment(
-        scorer, name or scorer, parse_options(options), Scaling(**given), cpus, gpus, _replica_environment()
+        scorer, name or scorer, parse_options(options), Scaling(**given), cpus, gpus, _replica_environment(variables)
     )
     check_deployment(wanted)
     _join(address)
@@ -112,6 +113,8 @@ def _join(address: str | None) -> None:
     from contracts.errors import ConfigError
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if ray.is_initialized():
+        return
 
     try:
         ray.init(
@@ -124,8 +127,13 @@ def _join(address: str | None) -> None:
 _START = "start one with `ray start --head`, or serve the scorer alone: `python -m reward_servers serve`"
 
 
-def _replica_environment() -> dict[str, str]:
+def _replica_environment(names: tuple[str, ...]) -> dict[str, str]:
     """Variables of every replica. In a submitted job Ray itself puts the working directory on the import path."""
     from cluster.driver import import_path, in_job
+    from contracts.errors import ConfigError
 
-    return {"TOKENIZERS_PARALLELISM": "false", **({} if in_job() else {"PYTHONPATH": import_path()})}
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError("env", f"{', '.join(missing)} is not set in this shell")
+    path = {} if in_job() else {"PYTHONPATH": import_path()}
+    return {"TOKENIZERS_PARALLELISM": "false", **path, **{name: os.environ[name] for name in names}}

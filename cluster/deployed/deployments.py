@@ -8,7 +8,9 @@ Does not own: replicas (replica), their number (scaling), who asks them (names).
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from reward_servers.settings import ServerSettings
 
 _REASON_CHARS = 600
+PROXY_S = 120.0
+"""Longest wait for Ray Serve's first HTTP proxy."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def _application(wanted: Deployment, settings: ServerSettings, token: str | None
             },
             graceful_shutdown_timeout_s=settings.drain_seconds,
             health_check_period_s=5.0,
+            max_constructor_retry_count=2,  # what does not load the second time will not load the twentieth
         )
         .bind(wanted.scorer, options, settings, token)
     )  # fmt: skip
@@ -131,6 +136,7 @@ def _application(wanted: Deployment, settings: ServerSettings, token: str | None
 def _start_serve(settings: ServerSettings, token: str | None) -> None:
     """Ray Serve, if it is not running. Raises ConfigError for a scorer without a token that others could reach."""
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve.context import _get_global_client
 
     from reward_servers.settings import check_reach
@@ -138,7 +144,18 @@ def _start_serve(settings: ServerSettings, token: str | None) -> None:
     client = _get_global_client(raise_if_no_controller_running=False)
     check_reach(settings if client is None else replace(settings, host=client.http_config.host), token)
     if client is None:
-        serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
+        with suppress(RayActorError):  # a proxy that was slow to start: Serve replaces it by itself
+            serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
+        _wait_for_proxy()
+
+
+def _wait_for_proxy() -> None:
+    """Until a proxy listens. Raises ScoringError when none does in PROXY_S."""
+    deadline = time.monotonic() + PROXY_S
+    while not any(proxy["status"] == "HEALTHY" for proxy in serve_details("deploy")["proxies"].values()):
+        if time.monotonic() > deadline:
+            raise ScoringError(f"no HTTP proxy of Ray Serve was ready within {PROXY_S:g} s; is its port taken?")
+        time.sleep(0.2)
 
 
 def _why(name: str) -> str:
