@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
 
 MODEL = "stand-in"
 SHARES = {"Yes": 0.6, "No": 0.3, "the": 0.05}
@@ -37,9 +38,13 @@ def make_app(seconds: float) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
-        json.loads(await request.body())
+        try:
+            json.loads(await request.body())
+        except ClientDisconnect:
+            return {}
         async with device:
-            await asyncio.sleep(seconds)
+            if not await request.is_disconnected():  # the loser of a hedge is dropped, as vLLM does
+                await asyncio.sleep(seconds)
         return answer
 
     @app.get("/v1/models")
