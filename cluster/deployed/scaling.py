@@ -12,7 +12,7 @@ from typing import Any
 
 from contracts.errors import ConfigError
 
-HELD = "salon_images_held"
+HELD = "images_held"
 """What a replica reports to Serve's autoscaler."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -50,6 +51,11 @@ class ScorerConfig(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> ScorerConfig:
+        for entry in self.deployments:
+            if not re.fullmatch(r"[A-Za-z][\w.-]*", entry):
+                raise ValueError(
+                    f"{entry!r} of scorer {self.name!r} is neither a URL nor the name of a deployed scorer"
+                )
         if sum([bool(self.urls), self.serve is not None, self.function is not None]) != 1:
             raise ValueError(f"scorer {self.name!r} needs exactly one of urls, serve or function")
         if self.held_out and self.weights:

@@ -144,7 +144,7 @@ def test_the_demo_in_both_ways_from_start_to_ratio(
         demo_arms.main(arm, Path(folder), int(seed), float(seconds))
 
     monkeypatch.setattr(demo_time.subprocess, "run", in_this_process)
-    result = demo_time.run(repeats=1, seconds=2.0)
+    result = demo_time.run(repeats=1, seconds=4.0)
     (row,) = result["rows"]
     assert ran == ["cluster", "in_process"]
     for arm in demo_time.ARMS:
@@ -155,7 +155,7 @@ def test_the_demo_in_both_ways_from_start_to_ratio(
     same = [row["curves"][arm][0]["accuracy"] for arm in demo_time.ARMS]
     assert same[0] == same[1], "both start from the same weights"
     assert len(rows_of(demo_time, result)) == 1
-    again = demo_time.run(repeats=1, seconds=2.0, resume=True)
+    again = demo_time.run(repeats=1, seconds=4.0, resume=True)
     assert again == result, "finished arms are kept"
     assert ran == ["cluster", "in_process"]
     report.section("demo_time", {**result, "machine": dict.fromkeys((*report.PACKAGES, "processor", "cores",

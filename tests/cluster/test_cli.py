@@ -15,7 +15,7 @@ from cluster import cli
 from contracts import registry
 from contracts.errors import ExitCode, ScoringError
 
-COMMANDS = ("report", "status", "ledger", "train", "resume", "validate", "eval", "methods", "export")
+COMMANDS = ("report", "status", "ledger", "jury", "train", "resume", "validate", "eval", "methods", "export")
 
 
 def call(*arguments: str) -> Result:

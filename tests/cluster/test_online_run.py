@@ -40,18 +40,18 @@ def build_dino(folder: Path) -> None:
 
 def online_config(model: Path, root: Path, **changes: Any) -> RunConfig:
     references = write_references(root / "references", flat((200, 40, 40)))
-    return tiny_config(
-        model, root / "runs",
-        scorers=[
+    usual: dict[str, Any] = {
+        "scorers": [
             {"name": "colour", "serve": "colourfulness", "held_out": True},
             {"name": "real", "serve": "adversarial_dino",
              "options": {"model": str(root / "dino"), "size": None, "patches": 2}},
         ],
-        online=[{"name": "adversarial_dino", "scorer": "real", "references": references, "per_prompt": False,
-                 "lr": 1e-2, "hidden": 8}],
-        checkpoint={"every_steps": 2},
-        **{"stop__steps": STEPS, **changes},
-    )  # fmt: skip
+        "online": [{"name": "adversarial_dino", "scorer": "real", "references": references, "per_prompt": False,
+                    "lr": 1e-2, "hidden": 8}],
+        "checkpoint": {"every_steps": 2},
+        "stop__steps": STEPS,
+    }  # fmt: skip
+    return tiny_config(model, root / "runs", **{**usual, **changes})
 
 
 def versions_of(config: RunConfig, step: int | None = None) -> dict[int, str]:

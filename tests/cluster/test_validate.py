@@ -174,7 +174,9 @@ def test_a_server_that_does_not_answer_is_one_message(
     tiny_model_folder: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "does not answer" in str(ask(tiny_model_folder, "http://127.0.0.1:9")[0])
-    assert "does not answer" in str(ask(tiny_model_folder, "not a url")[0])
+    assert "does not answer" in str(ask(tiny_model_folder, "http://not a url")[0])
+    with pytest.raises(ConfigErrors, match="neither a URL nor the name of a deployed scorer"):
+        ask(tiny_model_folder, "not a url")
     assert "no reward server" in str(ask(tiny_model_folder, serve(b"<html>"))[0])
     url = serve(info())
     monkeypatch.delenv("SALON_REWARD_TOKEN")

@@ -58,9 +58,9 @@ def test_two_scorers_share_no_selector() -> None:
     ("key", "value", "problem"),
     [
         ("scaleTargetRef", {"apiVersion": "apps/v1", "kind": "Deployment", "name": "salon-reward-other"}, "not exist"),
-        ("metrics", [{"type": "Pods", "pods": {"metric": {"name": "salon_queue_depth"},
+        ("metrics", [{"type": "Pods", "pods": {"metric": {"name": "another_depth"},
                                                "target": {"type": "AverageValue", "averageValue": "1"}}}],
-         "scales by salon_queue_depth"),
+         "scales by another_depth"),
         ("minReplicas", 9, "more replicas at least"),
         ("maxReplicas", "many", "many"),
     ],

@@ -256,7 +256,7 @@ class Context:
     """What Serve's controller hands to a policy, as far as this one reads it."""
 
     def __init__(self, *held: float) -> None:
-        self.aggregated_metrics = {"salon_images_held": dict(enumerate(held))} if held else None
+        self.aggregated_metrics = {"images_held": dict(enumerate(held))} if held else None
 
 
 def test_replicas_wanted_are_images_held_over_the_target() -> None:
