@@ -1,9 +1,11 @@
 """A reward server against a bare call of its scorer, and the binary body against base64 in JSON.
 
-The verifier is served by a process of its own, as in a run; 16 callers ask for 16 images each. The bound is one thread
-that calls the scorer's function on the same batches. Repeats of both are interleaved; a figure is the median with its
-95 % interval. On a machine with fewer than two free cores the client takes its share from the server; the ratio of
-processor seconds (the server's over the bare call's) does not depend on who else is busy.
+The playground's verifier (a millisecond of Python and numpy an image, so it shares the interpreter lock with the HTTP
+side) and its CNN (torch, which does not) are served by a process of their own, as in a run; 16 callers ask for 16
+images each. The bound is one thread that calls the scorer's function on the same batches. Repeats of both are
+interleaved; a figure is the median with its 95 % interval. On a machine with fewer than two free cores the client takes
+its share from the server; the ratio of processor seconds (the server's over the bare call's) does not depend on who
+else is busy.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from playground.world.prompts import held_out_prompts
 from playground.world.render import render
 from playground.world.scenes import sample_scene
 from reward_servers.client import RewardClient, ServerProcess
-from reward_servers.scorers.base import ScoreBatch
-from reward_servers.scorers.playground_verifier import PlaygroundVerifier
+from reward_servers.construct import make_scorer
+from reward_servers.scorers.base import ScoreBatch, Scorer
 
 CONCURRENCY = 16
 IMAGES = 16
+SCORERS = ("playground_verifier", "playground_cnn")
 
 
 def run(repeats: int = 10, rounds: int = 4) -> dict[str, Any]:
@@ -39,26 +42,34 @@ def run(repeats: int = 10, rounds: int = 4) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     images = np.stack([render(sample_scene(spec, rng)) for spec in specs])
     metadata = [{"playground": spec.to_metadata()} for spec in specs]
+    rows = {name: _compared(name, images, metadata, repeats, rounds) for name in SCORERS}
+    return {
+        "repeats": repeats, "callers": CONCURRENCY, "images_per_request": IMAGES, "scoring": rows,
+        "encoding": encoding(repeats),
+    }  # fmt: skip
+
+
+def _compared(
+    name: str, images: np.ndarray, metadata: list[dict[str, Any]], repeats: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """images/s of one scorer bare and served, their ratio, and that of processor seconds."""
     bare: list[float] = []
     served: list[float] = []
     processor: list[float] = []
-    with ServerProcess("playground_verifier", max_batch=64) as server:
+    scorer = make_scorer(name)
+    scorer.load()
+    with ServerProcess(name, max_batch=64) as server:
         process = psutil.Process(server.pid)
         for _ in range(repeats):
             start = time.process_time()
-            bare.append(_bare(images, metadata, rounds))
+            bare.append(_bare(scorer, images, metadata, rounds))
             bare_cpu, before = time.process_time() - start, sum(process.cpu_times()[:2])
             served.append(asyncio.run(_served(server.url, images, metadata, rounds)))
             processor.append((sum(process.cpu_times()[:2]) - before) / bare_cpu)
     ratio = [through / alone for through, alone in zip(served, bare, strict=True)]
     return {
-        "repeats": repeats,
-        "scoring": {
-            "images_per_second_bare": median(bare), "images_per_second_served": median(served),
-            "served_over_bare": median(ratio), "server_cpu_over_bare_cpu": median(processor),
-            "callers": CONCURRENCY, "images_per_request": IMAGES,
-        },
-        "encoding": encoding(repeats),
+        "images_per_second_bare": median(bare), "images_per_second_served": median(served),
+        "served_over_bare": median(ratio), "server_cpu_over_bare_cpu": median(processor),
     }  # fmt: skip
 
 
@@ -93,8 +104,7 @@ def _timed(work: Callable[[], int]) -> tuple[float, float]:
     return time.perf_counter() - start, num_bytes / 1e6
 
 
-def _bare(images: np.ndarray, metadata: list[dict[str, Any]], rounds: int) -> float:
-    scorer = PlaygroundVerifier()
+def _bare(scorer: Scorer, images: np.ndarray, metadata: list[dict[str, Any]], rounds: int) -> float:
     start = time.perf_counter()
     for _ in range(rounds):
         for first in range(0, len(images), IMAGES):
@@ -124,10 +134,15 @@ def table(result: dict[str, Any]) -> str:
     scoring, packing = result["scoring"], result["encoding"]
     num, megabytes = packing["images"], {name: packing[f"{name}_megabytes"] for name in ("binary", "base64_json")}
     rows = [
-        ("bare scorer, images/s", scoring["images_per_second_bare"], 0),
-        ("through the server, images/s", scoring["images_per_second_served"], 0),
-        ("served over bare", scoring["served_over_bare"], 3),
-        ("server's CPU time over the bare call's", scoring["server_cpu_over_bare_cpu"], 3),
+        row
+        for name, of_scorer in scoring.items()
+        for row in (
+            (f"{name}: bare, images/s", of_scorer["images_per_second_bare"], 0),
+            (f"{name}: through the server, images/s", of_scorer["images_per_second_served"], 0),
+            (f"{name}: served over bare", of_scorer["served_over_bare"], 3),
+            (f"{name}: server's CPU time over the bare call's", of_scorer["server_cpu_over_bare_cpu"], 3),
+        )
+    ] + [
         (f"pack and unpack {num} images, {megabytes['binary']:.0f} MB as one body, ms", packing["binary_ms"], 1),
         (f"the same as base64 in JSON, {megabytes['base64_json']:.0f} MB, ms", packing["base64_json_ms"], 1),
     ]

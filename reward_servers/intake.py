@@ -39,7 +39,7 @@ class Job:
 
     def answer(self, tables: list[ScoreTable]) -> tuple[ScoreTable, bytes]:
         """The request's table, images in their order, and its bytes. Raises PayloadError when parts do not fit."""
-        table = join(tables)
+        table = tables[0] if len(tables) == 1 else join(tables)
         if self.order != tuple(range(len(self.order))):
             table = take(table, list(np.argsort(self.order)))
         header, arrays = to_message(table)
