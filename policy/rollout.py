@@ -75,7 +75,8 @@ def paint(
     """One micro-batch of N samples.
 
     step_indices: the K stochastic steps, contiguous (schedule.stochastic_steps); all others are ODE steps.
-    config.order 2: deterministic steps that follow one another extrapolate (`extrapolated`).
+    config.order 2: deterministic steps that follow one another extrapolate (`extrapolated`), the last one excepted:
+    Euler's lands on the network's own x_0, an extrapolated one beyond it.
     init_seeds [N], step_seeds [N][K]: one seed for x at s=1 and one for each stochastic step of each sample.
     record: keep states (in storage_dtype, to which latents are rounded around stochastic steps) and log-probs.
     """
@@ -92,7 +93,7 @@ def paint(
             x = x.to(storage_dtype).float()
         v = policy.velocity(x, device_levels[step].expand(len(x)), cond, uncond, config.guidance_scale)
         if not stochastic:
-            mean_v = v if config.order == 1 else extrapolated(v, s_next - s, previous)
+            mean_v = v if config.order == 1 or s_next == 0 else extrapolated(v, s_next - s, previous)
             x, previous = ode.step(x, mean_v, s, s_next).next, Previous(v, s_next - s)
             continue
         previous = None
@@ -150,6 +151,6 @@ def paint_with_gradient(
             v = recompute(velocity, x, s_rows, use_reentrant=False)
         else:
             v = velocity(x, s_rows)
-        mean_v = v if config.order == 1 else extrapolated(v, s_next - s, previous)
+        mean_v = v if config.order == 1 or s_next == 0 else extrapolated(v, s_next - s, previous)
         x, previous = ode.step(x, mean_v, s, s_next).next, Previous(v, s_next - s)
     return x

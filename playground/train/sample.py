@@ -70,7 +70,7 @@ def paint(pipeline: StableDiffusion3Pipeline, texts: Sequence[str], settings: Se
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + settings.guidance_scale * (conditional - unconditional)
         width = float(after - now)
-        mean = velocity if settings.order == 1 else extrapolated(velocity, width, previous)
+        mean = velocity if settings.order == 1 or after == 0 else extrapolated(velocity, width, previous)
         x_BCHW, previous = x_BCHW + width * mean, Previous(velocity, width)
     return to_uint8(x_BCHW * LATENT_SCALE + LATENT_SHIFT)
 

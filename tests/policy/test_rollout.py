@@ -212,7 +212,7 @@ def test_second_order_steps_come_nearer_to_the_ode_than_eulers(load_policy: Load
 
     exact = painted(96, 2)
     euler, second = (float((painted(8, order) - exact).norm()) for order in (1, 2))
-    assert second < 0.5 * euler
+    assert second < 0.7 * euler  # the last step, to s=0, is Euler's in both
 
 
 def test_order_leaves_stochastic_steps_alone(load_policy: Load) -> None:
