@@ -173,10 +173,7 @@ class Painter:
 
     def paint_images(self, prompts: Sequence[PromptSpec], sampling: EvalSampling, seeds: Sequence[int]) -> np.ndarray:
         """uint8 [N,H,W,3], one image a prompt, painted by the ODE: a function of weights, prompt and seed."""
-        config = SamplerConfig(
-            name="ode", steps=sampling.steps, shift=sampling.shift, guidance_scale=sampling.guidance_scale,
-            order=sampling.order,
-        )  # fmt: skip
+        config = SamplerConfig(name="ode", **sampling.model_dump())
         images, first = [], 0
         for size in micro_batch_sizes(len(prompts), self.config.rollout.micro_batch):
             chunk = prompts[first : first + size]

@@ -58,6 +58,14 @@ def extrapolated(v: Tensor, width: float, previous: Previous | None) -> Tensor:
     return v if previous is None else v + (width / (2 * previous.width)) * (v - previous.velocity)
 
 
+def mean_velocity(v: Tensor, s: float, s_next: float, order: int, previous: Previous | None) -> Tensor:
+    """Of a deterministic step from s to s_next: extrapolated with order 2, but for the last step.
+
+    Euler's step to s=0 lands on the network's own x_0, an extrapolated one beyond it.
+    """
+    return v if order == 1 or s_next == 0 else extrapolated(v, s_next - s, previous)
+
+
 @torch.no_grad()
 def paint(
     policy: Policy,
@@ -75,8 +83,7 @@ def paint(
     """One micro-batch of N samples.
 
     step_indices: the K stochastic steps, contiguous (schedule.stochastic_steps); all others are ODE steps.
-    config.order 2: deterministic steps that follow one another extrapolate (`extrapolated`), the last one excepted:
-    Euler's lands on the network's own x_0, an extrapolated one beyond it.
+    config.order 2: deterministic steps that follow one another extrapolate (`mean_velocity`).
     init_seeds [N], step_seeds [N][K]: one seed for x at s=1 and one for each stochastic step of each sample.
     record: keep states (in storage_dtype, to which latents are rounded around stochastic steps) and log-probs.
     """
@@ -93,8 +100,8 @@ def paint(
             x = x.to(storage_dtype).float()
         v = policy.velocity(x, device_levels[step].expand(len(x)), cond, uncond, config.guidance_scale)
         if not stochastic:
-            mean_v = v if config.order == 1 or s_next == 0 else extrapolated(v, s_next - s, previous)
-            x, previous = ode.step(x, mean_v, s, s_next).next, Previous(v, s_next - s)
+            mean = mean_velocity(v, s, s_next, config.order, previous)
+            x, previous = ode.step(x, mean, s, s_next).next, Previous(v, s_next - s)
             continue
         previous = None
         noise = seeded_noise([seeds[position[step]] for seeds in step_seeds], policy)
@@ -151,6 +158,6 @@ def paint_with_gradient(
             v = recompute(velocity, x, s_rows, use_reentrant=False)
         else:
             v = velocity(x, s_rows)
-        mean_v = v if config.order == 1 or s_next == 0 else extrapolated(v, s_next - s, previous)
-        x, previous = ode.step(x, mean_v, s, s_next).next, Previous(v, s_next - s)
+        mean = mean_velocity(v, s, s_next, config.order, previous)
+        x, previous = ode.step(x, mean, s, s_next).next, Previous(v, s_next - s)
     return x

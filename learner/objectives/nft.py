@@ -71,8 +71,6 @@ class NFT(Objective[NFTConfig]):
     def share(self, s: Tensor) -> Tensor:
         """How much of an advantage counts at levels s [B]: 0 below advantage_levels, 1 above, linear between."""
         low, high = self.config.advantage_levels
-        if high == 0:
-            return torch.ones_like(s)
         return ((s - low) / max(high - low, 1e-6)).clamp(0, 1)
 
     def optimality(self, advantage: Tensor) -> Tensor:
@@ -116,20 +114,24 @@ def old_decay(optimizer_steps: int, flat: int, rate: float, hold: float) -> floa
     return 0.0 if optimizer_steps < flat else min((optimizer_steps - flat) * rate, hold)
 
 
+def implicit_velocities(v: Tensor, old: Tensor, b: float) -> tuple[Tensor, Tensor]:
+    """(v+, v-), float64: the implicit positive and negative policies."""
+    v, old = v.double(), old.double()
+    return b * v + (1 - b) * old, (1 + b) * old - b * v
+
+
 def velocity_losses(v: Tensor, old: Tensor, noised: Noised, b: float) -> tuple[Tensor, Tensor]:
-    """(l+, l-), float64 [B]: squared velocity errors of the implicit positive and negative policies."""
-    v, old, target = v.double(), old.double(), noised.target.double()
-    return (mean_square(b * v + (1 - b) * old, target), mean_square((1 + b) * old - b * v, target))
+    """(l+, l-), float64 [B]: squared velocity errors of the implicit policies."""
+    positive, negative = implicit_velocities(v, old, b)
+    return mean_square(positive, noised.target), mean_square(negative, noised.target)
 
 
 def implicit_losses(v: Tensor, old: Tensor, noised: Noised, clean: Tensor, b: float) -> tuple[Tensor, Tensor]:
-    """(l+, l-), float64 [B]: self-normalised x_0 errors of the implicit positive and negative policies."""
-    v, old, x, clean = v.double(), old.double(), noised.x.double(), clean.double()
+    """(l+, l-), float64 [B]: self-normalised x_0 errors of the implicit policies."""
+    positive, negative = implicit_velocities(v, old, b)
+    x, clean = noised.x.double(), clean.double()
     t = per_row(noised.s.double(), clean)
-    return (
-        _normalised_error(x - t * (b * v + (1 - b) * old) - clean),
-        _normalised_error(x - t * ((1 + b) * old - b * v) - clean),
-    )
+    return _normalised_error(x - t * positive - clean), _normalised_error(x - t * negative - clean)
 
 
 def _normalised_error(error: Tensor) -> Tensor:

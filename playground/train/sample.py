@@ -19,7 +19,7 @@ from playground.train.pipeline import LATENT_SCALE, LATENT_SHIFT, TEXT_TOKENS
 from playground.world.captions import Spec
 from playground.world.scenes import SIZE
 from playground.world.verify import verify
-from policy.rollout import Previous, extrapolated
+from policy.rollout import Previous, mean_velocity
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def paint(pipeline: StableDiffusion3Pipeline, texts: Sequence[str], settings: Se
         if guided:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + settings.guidance_scale * (conditional - unconditional)
+        mean = mean_velocity(velocity, float(now), float(after), settings.order, previous)
         width = float(after - now)
-        mean = velocity if settings.order == 1 or after == 0 else extrapolated(velocity, width, previous)
         x_BCHW, previous = x_BCHW + width * mean, Previous(velocity, width)
     return to_uint8(x_BCHW * LATENT_SCALE + LATENT_SHIFT)
 

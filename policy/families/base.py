@@ -26,9 +26,8 @@ class Family(ABC):
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Reads configurations only. Raises ConfigError naming model.path when the folder is not of this family."""
         self.folder, self.dtype, self.device = folder, dtype, device
-        self.merge_repeats = False
 
-    merge_repeats: bool
+    merge_repeats: bool = False
     """Whether `forward` may compute context tokens that repeat once: the same velocity, up to rounding, sooner."""
 
     latent_shape: tuple[int, int, int]  # C, h, w
