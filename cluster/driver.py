@@ -37,14 +37,15 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
     resume: go on with its run folder; parts: other classes for those that hold a model (tests, benchmarks).
     """
     from cluster.lock import refuse_if_running, wait_for_release
+    from cluster.run_folder import location_of
     from cluster.validate import check, check_cluster, check_deployed
 
     if parts is None:
         _refuse(check(config))
     if resume:  # a driver that was killed takes its run along, but not at once
-        wait_for_release(location(config), lambda text: print(text, file=sys.stderr, flush=True))
+        wait_for_release(location_of(config), lambda text: print(text, file=sys.stderr, flush=True))
     else:
-        refuse_if_running(location(config))
+        refuse_if_running(location_of(config))
     started_here = start_ray(config)
     import ray
 
@@ -145,13 +146,6 @@ def _ensure_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def location(config: RunConfig) -> str:
-    """Where the run folder is: an absolute path, or a URL."""
-    if "://" in config.runs_dir:
-        return f"{config.runs_dir.rstrip('/')}/{config.name}"
-    return str(Path(config.runs_dir).expanduser().absolute() / config.name)
-
-
 def controller_options(config: RunConfig, inherited: bool = False) -> dict[str, Any]:
     """How Ray starts the controller, a replaced one too: on this node unless it is lost, where the driver's metrics
     are looked for; inherited: its processes have the run's environment already (a runtime_env starts each twice)."""
@@ -168,6 +162,7 @@ def _follow(
 ) -> ExitCode:  # fmt: skip
     """Show the run's progress until it ends; a controller that is lost is replaced by one that resumes the run."""
     from cluster.learner_group import remove_leftover_placements
+    from cluster.run_folder import location_of
 
     replaced = 0
     with _Interrupts() as interrupts, _display(config, show) as display:
@@ -178,7 +173,7 @@ def _follow(
             except _ControllerLost as lost:
                 if not lost.had_begun or interrupts.received or replaced >= config.cluster.controller_restarts:
                     raise SalonError(
-                        f"{lost}; resume the run with `python -m cluster resume {location(config)}`"
+                        f"{lost}; resume the run with `python -m cluster resume {location_of(config)}`"
                     ) from lost
                 remove_leftover_placements()
                 replaced, resume = replaced + 1, True

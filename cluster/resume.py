@@ -33,7 +33,7 @@ from cluster.lock import RunLock, refuse_if_running
 from cluster.migrate import RUN_FORMAT, check_format, migrate
 from cluster.prompts_digest import prompts_digest
 from cluster.refs import value
-from cluster.run_folder import RunFolder
+from cluster.run_folder import RunFolder, location_of
 from contracts.config import RunConfig, load_config, to_yaml
 from contracts.config.rollout import EvalSampling
 from contracts.errors import ConfigError, ConfigErrors, LedgerError
@@ -172,7 +172,7 @@ def open_run(config: RunConfig, resume: bool) -> OpenRun:
 
     Raises ConfigError when it cannot be written, is running, or (new) exists.
     """
-    location = url_of(config) or str(Path(config.runs_dir).expanduser().absolute() / config.name)
+    location = location_of(config)
     if not resume:
         refuse_if_running(location)
         digest = prompts_digest(config)

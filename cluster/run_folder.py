@@ -47,6 +47,13 @@ _LOCAL_ONLY = ("vaults", "stacks", "checkpoints", "online")  # checkpoints are u
 _LOCAL_SUFFIXES = (".tmp", ".lock", "-wal", "-shm", "-journal")
 
 
+def location_of(config: RunConfig) -> str:
+    """Where the run folder is: an absolute path, or a URL."""
+    if "://" in config.runs_dir:
+        return f"{config.runs_dir.rstrip('/')}/{config.name}"
+    return str(Path(config.runs_dir).expanduser().absolute() / config.name)
+
+
 class RunFolder:
     """One run's folder. `root` is always local; `url` is set when it is mirrored somewhere else."""
 
@@ -63,12 +70,8 @@ class RunFolder:
         Raises ConfigError when it exists (and `exist` is `fail`), holds something else, belongs to a running run, or
         cannot be written.
         """
-        location = f"{config.runs_dir.rstrip('/')}/{config.name}"
-        folder = (
-            _new_mirror(location, config)
-            if "://" in location
-            else _new_local(Path(location).expanduser().absolute(), config)
-        )
+        location = location_of(config)
+        folder = _new_mirror(location, config) if "://" in location else _new_local(Path(location), config)
         folder.write_text("config.yaml", to_yaml(config))
         folder.write_json("manifest.json", {"name": config.name, "seed": config.seed, **code_version()})
         folder.sync()

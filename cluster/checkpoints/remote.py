@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 
 from cluster.checkpoints.layout import MANIFEST, TornCheckpoint, folder_name, inside, read, step_of
+from cluster.run_folder import location_of
 from contracts.config import RunConfig
 from contracts.errors import LearnerError
 
@@ -71,7 +72,7 @@ class RemoteCheckpoints:
 
 def url_of(config: RunConfig) -> str | None:
     """Where a run's folder is mirrored; None for one on a file system."""
-    return f"{config.runs_dir.rstrip('/')}/{config.name}" if "://" in config.runs_dir else None
+    return location_of(config) if "://" in config.runs_dir else None
 
 
 def learner_files_here(folder: Path, config: RunConfig) -> Path:

@@ -47,10 +47,10 @@ def _scorer(where: str, each: OnlineSection, scorers: dict[str, ScorerConfig]) -
     scorer = scorers.get(each.scorer)
     if scorer is None:
         yield ConfigError(f"{where}.scorer", f"no scorer is called {each.scorer!r}", f"one of {', '.join(scorers)}")
-    elif scorer.serve != each.serves:
+    elif scorer.serve != each.name:
         yield ConfigError(
-            f"{where}.scorer", f"{each.scorer} is no {each.serves} that the run serves",
-            f"write serve: {each.serves} on that scorer",
+            f"{where}.scorer", f"{each.scorer} is no {each.name} that the run serves",
+            f"write serve: {each.name} on that scorer",
         )  # fmt: skip
     elif scorer.version != "latest":
         yield ConfigError(f"{where}.scorer", f"{each.scorer} learns, and its version is pinned to {scorer.version}",

@@ -16,6 +16,7 @@ from contracts.config.scoring import ScorerConfig
 class OnlineSection(Section):
     """What every trainer has. It runs in a process of its own and never makes the loop wait."""
 
+    name: str = Field(description="the trainer, and the registered scorer that reads its versions")
     scorer: str = Field(description="name of the scorer (served by the run) whose versions this trains")
     queue_groups: int = Field(
         default=16, gt=0, description="copies of groups that wait for the trainer; the oldest is dropped for a new one"
@@ -27,11 +28,6 @@ class OnlineSection(Section):
     lr: float = Field(gt=0)
     cpus: float = Field(default=0, ge=0, description="CPUs the trainer's process reserves")
     gpus: float = Field(default=0, ge=0, description="GPUs the trainer's process reserves")
-
-    @property
-    def serves(self) -> str:
-        """Registry name of the scorer that reads this trainer's versions."""
-        raise NotImplementedError
 
     @property
     def judge_config(self) -> ScorerConfig | None:
@@ -59,10 +55,6 @@ class AdversarialDinoConfig(References):
     hidden: int = Field(default=256, ge=0, description="width of the head's hidden layer; 0: a linear head")
     patch_weight: float = Field(default=0.3, ge=0, description="of the patches' hinge loss beside the image's")
 
-    @property
-    def serves(self) -> str:
-        return "adversarial_dino"
-
 
 class GuardedPickScoreConfig(References):
     """Adv-GRPO: PickScore's last vision layers, updated only while it prefers generated images to references."""
@@ -70,10 +62,6 @@ class GuardedPickScoreConfig(References):
     name: Literal["guarded_pickscore"] = "guarded_pickscore"
     lr: float = Field(default=5e-6, gt=0)
     layers: int = Field(default=2, gt=0, description="last vision layers that train")
-
-    @property
-    def serves(self) -> str:
-        return "guarded_pickscore"
 
 
 class DistilledConfig(OnlineSection):
@@ -96,10 +84,6 @@ class DistilledConfig(OnlineSection):
     batch_size: int = Field(default=64, gt=1, description="labels a step")
     hidden: int = Field(default=0, ge=0, description="width of the head's hidden layer; 0: a linear head")
     lr: float = Field(default=1e-3, gt=0)
-
-    @property
-    def serves(self) -> str:
-        return "distilled"
 
     @property
     def judge_config(self) -> ScorerConfig:

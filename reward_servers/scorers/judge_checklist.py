@@ -21,11 +21,12 @@ class JudgeChecklist(PointJudgeScorer[ChecklistOptions]):
     name = "judge_checklist"
     paper = Checklist.paper
     value_range = (0.0, 1.0)
+    protocol: Checklist
 
     def make_protocol(self) -> Checklist:
         return Checklist(self.options.max_items, self.options.max_tokens)
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
-        checked = await self.make_protocol().ask(self.judge, prompt, picture)
+        checked = await self.protocol.ask(self.judge, prompt, picture)
         failed = [item for item, passed in zip(checked.items, checked.passes, strict=True) if not passed]
         return Row((checked.value, float(not failed)), reason="; ".join(failed)[:1000])

@@ -22,6 +22,7 @@ class JudgeListwise(JudgeScorer[ListwiseOptions]):
     name = "judge_listwise"
     paper = Listwise.paper
     value_range = (0.0, 1.0)
+    protocol: Listwise
 
     def make_protocol(self) -> Listwise:
         options = self.options
@@ -39,7 +40,7 @@ class JudgeListwise(JudgeScorer[ListwiseOptions]):
 
         async def ask() -> Row:
             pictures = [Picture(image) for image in batch.images]
-            listing = await self.make_protocol().ask(self.judge, batch.prompts[0], pictures)
+            listing = await self.protocol.ask(self.judge, batch.prompts[0], pictures)
             pairs = zip(listing.values, listing.disagreement, strict=True)
             whole.extend(Row((float(value),), deviations=(float(spread),)) for value, spread in pairs)
             return Row(())

@@ -29,6 +29,7 @@ class JudgePairs(PairwiseScorer, JudgeScorer[JudgePairsOptions]):
     name = "judge_pairs"
     paper = Pairwise.paper
     value_range = (0.0, 1.0)
+    protocol: Pairwise
 
     def make_protocol(self) -> Pairwise:
         return Pairwise(self.options.answer, self.options.max_tokens)
@@ -61,7 +62,7 @@ class JudgePairs(PairwiseScorer, JudgeScorer[JudgePairsOptions]):
         return await asyncio.gather(*(self.settle(self._one(pictures[i], pictures[j], prompt)) for i, j in ordered))
 
     async def _one(self, first: Picture, second: Picture, prompt: str) -> Row:
-        return Row((await self.make_protocol().ask(self.judge, prompt, first, second),))
+        return Row((await self.protocol.ask(self.judge, prompt, first, second),))
 
     def _count(self, answers: np.ndarray) -> None:
         """answers [pairs, 2]: of both orders, each P(the one shown first is better)."""

@@ -24,6 +24,7 @@ class JudgeRegions(JudgeScorer[RegionJudgeOptions]):
     name = "judge_regions"
     paper = Boxes.paper
     value_range = (-1.0, 1.0)
+    protocol: Boxes
 
     def make_protocol(self) -> Boxes:
         return Boxes(self.options.thousandths, self.options.max_tokens)
@@ -44,6 +45,6 @@ class JudgeRegions(JudgeScorer[RegionJudgeOptions]):
         return await asyncio.gather(*(self.settle(self._one(Picture(image), prompt)) for image, prompt in rows))
 
     async def _one(self, picture: Picture, prompt: str) -> Row:
-        regions = await self.make_protocol().ask(self.judge, prompt, picture)
+        regions = await self.protocol.ask(self.judge, prompt, picture)
         names = "; ".join(f"{box.name} {box.score:.2g}" for box in regions.boxes)[:1000]
         return Row(regions.map(*self.options.grid, self.options.signed).reshape(-1).tolist(), reason=names)

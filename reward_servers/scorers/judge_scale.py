@@ -21,10 +21,11 @@ class JudgeScale(PointJudgeScorer[ScaleOptions]):
     name = "judge_scale"
     paper = Scale.paper
     value_range = (0.0, 1.0)
+    protocol: Scale
 
     def make_protocol(self) -> Scale:
         return Scale(self.options.question)
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
-        grade = await self.make_protocol().ask(self.judge, prompt, (picture,))
+        grade = await self.protocol.ask(self.judge, prompt, (picture,))
         return Row((grade.mean / 9,), deviations=(grade.deviation / 9,))

@@ -26,13 +26,14 @@ class PacoConsistency(PointJudgeScorer[PacoConsistencyOptions]):
     name = "paco_consistency"
     paper = Consistency.paper
     value_range = (0.0, 1.0)
+    protocol: Consistency
 
     def make_protocol(self) -> Consistency:
         return Consistency()
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
         panels = cut(picture.pixels, self.options.rows, self.options.columns)
-        protocol = self.make_protocol()
+        protocol = self.protocol
         answers = await asyncio.gather(
             *(
                 protocol.ask(self.judge, criterion, first, second)

@@ -25,12 +25,13 @@ class RationalRewards(PointJudgeScorer[RationalRewardsOptions]):
     name = "rationalrewards"
     paper = Aspects.paper
     value_range = (0.0, 1.0)
+    protocol: Aspects
 
     def make_protocol(self) -> Aspects:
         return Aspects(self.options.form, self.options.temperature, self.options.max_tokens)
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
-        protocol, samples = self.make_protocol(), self.options.samples
+        protocol, samples = self.protocol, self.options.samples
         drawn = await asyncio.gather(
             *(protocol.ask(self.judge, prompt, picture, i) for i in range(samples)), return_exceptions=True
         )

@@ -21,11 +21,12 @@ class UnifiedReward(PointJudgeScorer[UnifiedRewardOptions]):
     name = "unified_reward"
     paper = Graded.paper
     value_range = (0.0, 1.0)
+    protocol: Graded
 
     def make_protocol(self) -> Graded:
         return Graded(self.options.form, self.options.max_tokens)
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
-        grades = await self.make_protocol().ask(self.judge, prompt, picture)
+        grades = await self.protocol.ask(self.judge, prompt, picture)
         named = zip(("alignment", "coherence", "style"), grades, strict=False) if len(grades) > 1 else ()
         return Row((sum(grades) / len(grades),), reason="; ".join(f"{name} {grade:.3g}" for name, grade in named))

@@ -21,10 +21,11 @@ class VqaScore(PointJudgeScorer[VqaScoreOptions]):
     name = "vqascore"
     paper = YesNo.paper
     value_range = (0.0, 1.0)
+    protocol: YesNo
 
     def make_protocol(self) -> YesNo:
         return YesNo(self.options.question)
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
-        answer = await self.make_protocol().ask(self.judge, prompt, (picture,))
+        answer = await self.protocol.ask(self.judge, prompt, (picture,))
         return Row((min(answer.raw, 1.0), answer.p))
