@@ -28,8 +28,9 @@ class JudgeOptions(Section):
     breaker_failures: int = Field(default=5, gt=0, description="consecutive failures that open the circuit")
     breaker_reset_s: float = Field(default=5.0, gt=0, description="seconds an open circuit waits before a probe")
     hedge_quantile: float | None = Field(
-        default=0.95, gt=0, lt=1, description="a second request is sent after this quantile of latencies; null: never"
-    )
+        default=0.95, gt=0, lt=1,
+        description="another of `urls` is asked too after this quantile of latencies; null, or a lone URL: never",
+    )  # fmt: skip
     cache_entries: int = Field(default=4096, ge=0, description="answers kept; 0: none")
     log_probs: Literal["auto", "ids", "top"] = Field(
         default="auto",

@@ -37,7 +37,8 @@ class Persistence(Generic[E]):
     """Asks `endpoints` on behalf of one client.
 
     timeout_s: one request; max_retries: costly ones of one question; refused: told when the answer was "not here";
-    hedge_after_s: seconds after which a second request is sent beside the first, None for never; hedged: told then.
+    hedge_after_s: seconds after which a second request is sent to another endpoint beside the first, None for never;
+    hedged: told then. A lone endpoint is never asked twice at once: it would only have more to do.
     """
 
     endpoints: Sequence[E]
@@ -94,18 +95,18 @@ class Persistence(Generic[E]):
         return error.retry == "elsewhere" and len(set(tried)) < len(self.endpoints)
 
     async def _hedged(self, ask: Callable[[E, float], Awaitable[T]], deadline: float, tried: list[E]) -> T:
-        """One attempt; when it is slow a second one runs beside it, and the first to succeed is the answer."""
+        """One attempt; when it is slow another endpoint is asked beside it, and the first to succeed is the answer."""
         first = await self._pick(tried)
         tried.append(first)
-        wait_s = self.hedge_after_s()
+        wait_s = self.hedge_after_s() if len(self.endpoints) > 1 else None
         if wait_s is None:
             return await self._guarded(first, ask, deadline)
         tasks = [asyncio.create_task(self._guarded(first, ask, deadline))]
         try:
             await asyncio.wait(tasks, timeout=wait_s)
-            second = None if tasks[0].done() else self._free(tried)
+            second = None if tasks[0].done() else self._free(tried, besides=first)
             if second is not None and self.budget.take():
-                tried.append(second)
+                tried.append(_entered(second))
                 self.hedged()
                 tasks.append(asyncio.create_task(self._guarded(second, ask, deadline)))
             return await _first_to_succeed(tasks)
@@ -124,21 +125,20 @@ class Persistence(Generic[E]):
         while True:
             chosen = self._free(tried)
             if chosen is not None:
-                return chosen
+                return _entered(chosen)
             now = time.monotonic()
             await asyncio.sleep(max(0.005, min(endpoint.wait_s(now) for endpoint in self.endpoints)))
 
-    def _free(self, tried: Sequence[E]) -> E | None:
+    def _free(self, tried: Sequence[E], besides: E | None = None) -> E | None:
+        """Who may be asked now, `besides` and its other names left out; None when nobody may."""
         now = time.monotonic()
         self._turn += 1
         order = [self.endpoints[(self._turn + i) % len(self.endpoints)] for i in range(len(self.endpoints))]
-        free = [endpoint for endpoint in order if endpoint.wait_s(now) == 0]
-        if not free:
-            return None
-        chosen = min(free, key=lambda endpoint: (tried.count(endpoint), endpoint.in_flight))
-        chosen.breaker.enter(now)
-        chosen.in_flight += 1  # here, so that whoever picks next sees it
-        return chosen
+        free = [
+            endpoint for endpoint in order
+            if endpoint.wait_s(now) == 0 and (besides is None or endpoint.url != besides.url)
+        ]  # fmt: skip
+        return min(free, key=lambda endpoint: (tried.count(endpoint), endpoint.in_flight), default=None)
 
     async def _guarded(self, endpoint: E, ask: Callable[[E, float], Awaitable[T]], deadline: float) -> T:
         """One attempt at an endpoint that was picked for it, reported to the circuit breaker however it ends."""
@@ -162,6 +162,13 @@ class Persistence(Generic[E]):
             endpoint.in_flight -= 1
         endpoint.breaker.succeeded()
         return result
+
+
+def _entered(endpoint: E) -> E:
+    """It, with a place taken at once, so that whoever picks next sees it; `_guarded` gives the place back."""
+    endpoint.breaker.enter(time.monotonic())
+    endpoint.in_flight += 1
+    return endpoint
 
 
 async def _first_to_succeed(tasks: Sequence[asyncio.Task[T]]) -> T:

@@ -196,6 +196,42 @@ def test_another_server_takes_over_and_a_slow_first_request_is_hedged() -> None:
     assert stats.hedges <= 10 + 0.2 * 60, "hedges come out of the retry budget"
 
 
+@pytest.mark.parametrize("same", [(), ("",), ("/", "")], ids=["one", "twice the same", "and with a slash"])
+def test_a_lone_server_is_not_asked_twice_at_once(same: tuple[str, ...]) -> None:
+    """However slow it is: all of the last requests are slower than the quantile of the quick ones before them."""
+
+    async def slower(body: dict[str, Any]) -> Any:
+        await asyncio.sleep(0.1 if len(fake.bodies) > 20 else 0)
+        return by_brightness(body)
+
+    async def go(judge: Judge) -> Any:
+        for level in range(100, 125):
+            await p_yes(judge, Picture(flat(level)))
+        return judge.stats
+
+    with judging(slower) as fake:
+        stats = consult(options_for(fake.url, *(fake.url + end for end in same), hedge_quantile=0.5), go)
+        assert (stats.hedges, stats.requests, len(fake.bodies), fake.most_in_flight) == (0, 25, 25, 1)
+
+
+def test_a_hedge_that_the_budget_refuses_takes_no_place_at_the_server_it_would_have_gone_to() -> None:
+    async def slower(body: dict[str, Any]) -> Any:
+        await asyncio.sleep(0.1 if len(first.bodies) + len(second.bodies) > 20 else 0)
+        return by_brightness(body)
+
+    async def go(judge: Judge) -> Any:
+        judge._persist.budget._left = 0.0
+        for level in range(100, 125):
+            await p_yes(judge, Picture(flat(level)))
+        return judge.stats, [endpoint.in_flight for endpoint in judge.endpoints]
+
+    with judging(slower) as first, judging(slower) as second:
+        options = options_for(first.url, second.url, hedge_quantile=0.5, retry_budget=0.0)
+        stats, held = consult(options, go)
+    assert (stats.hedges, stats.requests) == (0, 25)
+    assert held == [0, 0]
+
+
 def test_the_cache_keys_are_image_prompt_and_protocol_version(monkeypatch: pytest.MonkeyPatch) -> None:
     async def go(judge: Judge) -> Any:
         same = Picture(flat(220))
