@@ -55,6 +55,7 @@ endif
 	@$(PY) -m cluster train $(CONFIG) exist=replace $(if $(HAS_CXX),,learner.engine=plain) $(ARGS)
 
 test: $(STAMP)  ## run the tests, as many at a time as WORKERS says
+	@cluster/deploy/fetch_tools.sh || true
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## ruff, import rules, mypy

@@ -342,4 +342,14 @@ async def _reconcile(context: RunContext) -> list[int]:
             row = needed.get(group_id)
             if row is None or group_id in lost or row.paint_attempt != attempt:
                 await value(context.vaults[name].delete.remote(group_id, attempt))
+    await _keep_embeddings(context)
     return lost
+
+
+async def _keep_embeddings(context: RunContext) -> None:
+    """Delete prompt embeddings that no painting uses: a vault alone cannot know about those of the others."""
+    uses: dict[int, list[str]] = {}
+    for vault in context.vaults.values():
+        uses.update(await value(vault.embeddings_used.remote()))
+    for vault in context.vaults.values():
+        await value(vault.keep_embeddings_of.remote(uses))

@@ -10,15 +10,14 @@ Durability. A rename without fsync survives kill -9 of every process, which is w
 may leave a file short or missing. Reopening removes what is torn, the ledger then has the group painted again
 (`Ledger.lost`). With fsync=True a write also survives the power failure, at the disk's price.
 
-Does not own: which bytes are still needed (cluster/ledger), which vault holds a group (workers.py).
+Does not own: which bytes are still needed (cluster/ledger), which vault holds a group (workers.py), file names
+(vault_files.py).
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -32,6 +31,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import ray
 
+from cluster.vault_files import (
+    EMBEDDING_FILE,
+    GROUP_FILE,
+    EmbeddingUses,
+    embedding_file,
+    group_file,
+    is_whole,
+    read_header,
+)
 from contracts import codec
 from contracts.errors import NotStored, PayloadError, VaultError, VaultFull
 from contracts.wire import GroupHeader, Message
@@ -45,8 +53,6 @@ WAITING_S = 60.0
 """How long a painting that found no room counts as waiting; whoever waits asks again far more often."""
 ROOM_WAIT_S = 0.5
 """Time a write of a run waits for room within its vault: its actor asks again (workers.py), others get their turn."""
-_GROUP_FILE = re.compile(r"^group-(\d+)-(\d+)\.safetensors$")
-_DIGEST = re.compile(r"^[A-Za-z0-9_-]{1,128}$")
 ALL_SAMPLES = slice(None)
 
 
@@ -98,15 +104,18 @@ class GroupStore:
 
     def _scan(self) -> int:
         """Take stock of the folder; returns the number of torn files removed."""
-        torn = 0
+        torn, digests = 0, []
         for path in self.folder.iterdir():
-            if not _is_whole(path):
+            if not is_whole(path):
                 path.unlink()
                 torn += 1
                 continue
             self._sizes[path.name] = path.stat().st_size
-            if found := _GROUP_FILE.match(path.name):
+            if found := GROUP_FILE.match(path.name):
                 self._groups.setdefault(int(found[1]), set()).add(int(found[2]))
+            elif found := EMBEDDING_FILE.match(path.name):
+                digests.append(found[1])
+        self._uses = EmbeddingUses(digests)
         return torn
 
     # ---- groups --------------------------------------------------------------------------------------------------
@@ -156,7 +165,11 @@ class GroupStore:
         return known
 
     def delete(self, group_ids: int | Iterable[int], attempt: int | None = None) -> int:
-        """Delete every painting of the groups (or one attempt's); returns the bytes freed. Unknown ones are skipped."""
+        """Delete every painting of the groups (or one attempt's); returns the bytes freed. Unknown ones are skipped.
+
+        Groups that are gone altogether use no prompt embeddings either, wherever their paintings lay: what no other
+        group uses is deleted with them.
+        """
         freed = 0
         for group_id in [group_ids] if isinstance(group_ids, int) else group_ids:
             with self._space:
@@ -167,6 +180,8 @@ class GroupStore:
                     freed += self._remove(group_file(group_id, each))
                 if not stored:
                     self._groups.pop(group_id, None)
+                if attempt is None:
+                    freed += sum(self._remove(embedding_file(digest)) for digest in self._uses.drop(group_id))
         return freed
 
     def stored(self) -> list[tuple[int, int]]:
@@ -195,10 +210,12 @@ class GroupStore:
     ) -> int:
         """Store a prompt embedding once; returns the bytes written, 0 when it was there. Raises VaultFull.
 
-        painting: (group id, attempt) that is stored after it, so that `waiting` names it.
+        painting: (group id, attempt) that is stored after it, here or in another vault: `waiting` names it, and the
+        embedding is kept until the group is deleted. Without one it is kept until `keep_embeddings_of`.
         """
         name = embedding_file(digest)
         with self._space:
+            self._uses.add(digest, None if painting is None else painting[0])
             if name in self._sizes and name not in self._writing:
                 return 0
         num_bytes = self._write(name, codec.encode(EmbeddingHeader(digest=digest), arrays), wait_s, painting)
@@ -212,6 +229,23 @@ class GroupStore:
     def holds_embedding(self, digest: str) -> bool:
         with self._space:
             return embedding_file(digest) in self._sizes
+
+    def embeddings_used(self) -> dict[int, list[str]]:
+        """Group id -> digests, of every group held here. A painting that cannot be read is struck off and uses none."""
+        uses: dict[int, list[str]] = {}
+        for painting in self.stored():
+            with suppress(NotStored):
+                header = self.header(*painting)
+                uses[painting[0]] = [digest for digest in (header.prompt_digest, header.negative_digest) if digest]
+        return uses
+
+    def keep_embeddings_of(self, uses: Mapping[int, Iterable[str]]) -> int:
+        """Delete the embeddings that none of these groups (id -> digests) uses; returns the bytes freed.
+
+        For when nothing is being painted: it is the whole truth, about the groups of other vaults too.
+        """
+        with self._space:
+            return sum(self._remove(embedding_file(digest)) for digest in self._uses.settle(uses))
 
     # ---- bounds --------------------------------------------------------------------------------------------------
 
@@ -323,7 +357,7 @@ class GroupStore:
 
     def _strike_off(self, name: str) -> None:
         """What cannot be read is not held: `stored` no longer names it, and its room is free."""
-        found = _GROUP_FILE.match(name)
+        found = GROUP_FILE.match(name)
         with self._space:
             if name in self._writing:
                 return  # it was read too early
@@ -432,47 +466,17 @@ class Vault:
     def holds_embedding(self, digest: str) -> bool:
         return self.store.holds_embedding(digest)
 
+    def embeddings_used(self) -> dict[int, list[str]]:
+        return self.store.embeddings_used()
+
+    def keep_embeddings_of(self, uses: Mapping[int, Iterable[str]]) -> int:
+        return self.store.keep_embeddings_of(uses)
+
     def bytes_held(self) -> dict[str, int]:
         return self.store.bytes_held()
 
     def pid(self) -> int:
         return os.getpid()
-
-
-def group_file(group_id: int, attempt: int) -> str:
-    """Name of a painting's file in its vault's folder."""
-    return f"group-{group_id:08d}-{attempt}.safetensors"
-
-
-def embedding_file(digest: str) -> str:
-    """Name of a prompt embedding's file. Raises VaultError for what is no digest."""
-    if not _DIGEST.match(digest):
-        raise VaultError(f"{digest!r} is no digest")
-    return f"embedding-{digest}.safetensors"
-
-
-def read_header(path: Path) -> GroupHeader:
-    """Header of a painting's file. Raises NotStored when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            return codec.read_header(start + file.read(int.from_bytes(start, "little")), GroupHeader)
-    except (OSError, PayloadError) as error:
-        raise NotStored(f"{path.name} cannot be read: {error}") from error
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file has the length its own safetensors header promises (temporary files never count)."""
-    if path.suffix != ".safetensors":
-        return False
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return False
-    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def start_vaults(config: RunConfig, folder: RunFolder) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from cluster.checkpoints.layout import (
     write_run_state,
 )
 from cluster.ledger.reader import GroupRow, LedgerReader
-from cluster.vault import embedding_file, group_file, read_header
+from cluster.vault_files import embedding_file, group_file, read_header
 from contracts.errors import NotStored
 from learner.state_writer import FileDigests, folder_to_disk
 

@@ -204,15 +204,10 @@ class CheckpointKeeper:
 
     def let_go(self, step: int) -> None:
         """Bytes that nothing needs now that a checkpoint covers the steps up to `step`, discarded groups included."""
-        context = self._context
-        by_vault: dict[str, list[int]] = {}
-        for group_id in (covered := context.ledger.covered(step)):
-            vault = context.ledger.row(group_id).vault
-            assert vault is not None, f"group {group_id} is stored nowhere"
-            by_vault.setdefault(vault, []).append(group_id)
-        for name, ids in by_vault.items():
-            context.vault(name).delete.remote(ids)
-        context.forget(covered)
+        covered = self._context.ledger.covered(step)
+        for vault in self._context.vaults.values():  # each of them has the groups' prompt embeddings
+            vault.delete.remote(covered)
+        self._context.forget(covered)
 
     def _remove_older(self) -> None:
         have = [(c.step, c.score) for c in layout.list_whole(self._folder)]

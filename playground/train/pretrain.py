@@ -3,8 +3,9 @@
     python -m playground.train.pretrain --out .cache/pretrain --ranks 2
 
 Scenes and noise of a step depend on the seed and the step alone, so a run may be stopped and
-resumed with another number of ranks. Held-out combinations never come up, neither in captions
-nor in pictures. Owns no choice of the final snapshot or its settings (see `choose`).
+resumed with another number of ranks, or go on with other captions: `run.json` lists every part
+of it. Held-out combinations never come up, neither in captions nor in pictures. Owns no choice
+of the final snapshot or its settings (see `choose`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import os
 import socket
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
+from playground.train.mistakes import careless
 from playground.train.pipeline import (
     LATENT_SCALE,
     LATENT_SHIFT,
@@ -46,6 +49,8 @@ from policy.cpu_kernels import CpuKernels
 
 EASY_KINDS = ("single", "colour")
 """Learnt first and never evaluated: drawn half as often as the others."""
+RELATION_KINDS = ("position", "position_attribute")
+"""Learnt last; `Run.relations` says how much more often they are drawn."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class Run:
     warmup: int = 300
     ema: float = 0.998
     caption_dropout: float = 0.1
+    caption_mistakes: float = 0.0  # of every word that can be mistaken, see `mistakes`
+    relations: float = 1.0
     max_grad_norm: float = 1.0
     seed: int = 0
     precision: str = "bf16"
     save_every: int = 500
-    export_every: int = 1_000
-    export_from: int = 3_000
+    export_every: int = 500
+    export_from: int = 4_000
 
 
 class Trainee(nn.Module):
@@ -103,8 +110,10 @@ def start_from_zero(trainee: Trainee) -> None:
         nn.init.zeros_(module.bias)
 
 
-def draw_spec(rng: np.random.Generator) -> Spec:
-    weights = np.array([0.5 if kind in EASY_KINDS else 1.0 for kind in KINDS])
+def draw_spec(rng: np.random.Generator, relations: float = 1.0) -> Spec:
+    """A caption of the train split; those with relations come this many times as often as others."""
+    often = dict.fromkeys(EASY_KINDS, 0.5) | dict.fromkeys(RELATION_KINDS, relations)
+    weights = np.array([often.get(kind, 1.0) for kind in KINDS])
     specs = specs_by_kind("train")[KINDS[rng.choice(len(KINDS), p=weights / weights.sum())]]
     return specs[rng.integers(len(specs))]
 
@@ -125,9 +134,10 @@ class Batches:
         pictures, ids = [], []
         for i in range(run.batch)[self._mine]:
             rng = np.random.default_rng((run.seed, step, i))
-            spec = draw_spec(rng)
+            spec = draw_spec(rng, run.relations)
             pictures.append(render(sample_scene(spec, rng, allowed_in_train)))
-            ids.append(self._ids("" if rng.random() < run.caption_dropout else spec.text))
+            dropped = rng.random() < run.caption_dropout
+            ids.append(self._ids("" if dropped else careless(spec, run.caption_mistakes, rng).text))
         x_BHWC = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
         clean = (x_BHWC.permute(0, 3, 1, 2) - LATENT_SHIFT) / LATENT_SCALE
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
@@ -267,19 +277,32 @@ def train(rank: int, num_ranks: int, port: int, run: Run, out: Path, device: str
         dist.destroy_process_group()
 
 
+def note_run(path: Path, run: dict[str, Any], resume: bool) -> None:
+    """Lists the parts of a run, in order: one more when it goes on with other settings, one when it starts anew."""
+    parts = json.loads(path.read_text()) if resume and path.exists() else []
+    if run not in parts[-1:]:
+        parts.append(run)
+    path.write_text(json.dumps(parts, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(".cache/pretrain"))
     parser.add_argument("--steps", type=int, default=Run.steps)
     parser.add_argument("--seed", type=int, default=Run.seed)
+    parser.add_argument(
+        "--caption-dropout", type=float, default=Run.caption_dropout, help="share left out, for guidance"
+    )
+    parser.add_argument("--caption-mistakes", type=float, default=Run.caption_mistakes, help="share of words mistaken")
+    parser.add_argument("--relations", type=float, default=Run.relations, help="how often captions with one come")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=Run.precision)
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Run(steps=args.steps, seed=args.seed, precision=args.precision)
-    (args.out / "run.json").write_text(json.dumps({**asdict(run), "ranks": args.ranks}))
+    run = Run(**{field.name: getattr(args, field.name) for field in fields(Run) if hasattr(args, field.name)})
+    note_run(args.out / "run.json", {**asdict(run), "ranks": args.ranks}, args.resume)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.vault import GroupStore
+from cluster.vault_files import EmbeddingUses
 from contracts.errors import NotStored, VaultError, VaultFull
 from contracts.wire import GroupHeader, PromptSpec
 
@@ -284,3 +285,62 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
     assert store.stored() == [(group_id, 0) for group_id in range(0, 80, 2)]
     assert store.bytes_held()["memory"] <= 20_000
     assert store.bytes_held()["disk"] == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+def embedding(value: float) -> dict[str, np.ndarray]:
+    return {"prompt": np.full((2, 4), value, np.float32)}
+
+
+def test_an_embedding_goes_with_the_last_group_that_uses_it(tmp_path: Path) -> None:
+    store = GroupStore(tmp_path, memory_bytes=MB)
+    for group_id in (1, 2):  # group 2 lies in another vault
+        store.put_embedding("shared", embedding(1.0), painting=(group_id, 0))
+    store.put_embedding("own", embedding(2.0), painting=(1, 0))
+    store.put(header(1), arrays())
+    held = store.bytes_held()["disk"]
+    freed = store.delete(1)
+    assert not store.holds_embedding("own")
+    assert store.holds_embedding("shared")
+    assert store.bytes_held()["disk"] == held - freed
+    store.delete(2)
+    assert not store.holds_embedding("shared")
+    assert store.bytes_held() == {"disk": 0, "memory": 0}
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_attempt_s_painting_leaves_the_group_s_embedding(tmp_path: Path) -> None:
+    store = GroupStore(tmp_path, memory_bytes=MB)
+    store.put_embedding("d", embedding(1.0), painting=(1, 0))
+    store.put(header(1, attempt=0), arrays())
+    store.delete(1, attempt=0)
+    assert store.holds_embedding("d"), "the group is to be painted again"
+
+
+def test_after_a_restart_embeddings_stay_until_their_groups_are_known(tmp_path: Path) -> None:
+    store = GroupStore(tmp_path, memory_bytes=MB)
+    store.put_embedding("d", embedding(1.0), painting=(1, 0))
+    store.put_embedding("elsewhere", embedding(2.0), painting=(2, 0))
+    store.put_embedding("leftover", embedding(3.0))
+    store.put(header(1), arrays())
+    again = GroupStore(tmp_path, memory_bytes=MB)
+    assert again.embeddings_used() == {1: ["d"]}
+    again.delete(2)
+    assert again.holds_embedding("elsewhere"), "another group may use it: nobody has said"
+    again.keep_embeddings_of({1: ["d"], 2: ["elsewhere"]})
+    assert not again.holds_embedding("leftover")
+    assert again.get_embedding("elsewhere")["prompt"][0, 0] == 2.0
+    again.delete([1, 2])
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abcd"), st.booleans()), max_size=60))
+def test_uses_are_counted_like_a_plain_table(steps: list[tuple[int, str, bool]]) -> None:
+    uses, table = EmbeddingUses([]), set[tuple[int, str]]()
+    for group_id, digest, gone in steps:
+        if gone:
+            before = {each for _, each in table}
+            table = {(group, each) for group, each in table if group != group_id}
+            assert set(uses.drop(group_id)) == before - {each for _, each in table}
+        else:
+            uses.add(digest, group_id)
+            table.add((group_id, digest))
