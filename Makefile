@@ -80,7 +80,7 @@ soak: $(STAMP)  ## train for long with faults injected; ARGS=jury: 100,000 reque
 ops-check: $(STAMP)  ## check images, compose file, rules, dashboards and manifests, offline
 	@$(PY) -m cluster.deploy.check
 
-ops-tools: $(STAMP)  ## unpack promtool and the compose schema from Debian's packages into .venv/ops
+ops-tools: $(STAMP)  ## unpack Prometheus, promtool and the compose schema from Debian's packages into .venv/ops
 	@cluster/deploy/fetch_tools.sh
 
 clean:  ## remove the environment, runs and caches

@@ -29,8 +29,10 @@ apt() { (cd "$scratch" && timeout 120 apt-get --quiet "${OPTIONS[@]}" "$@" >>"$s
 download() { apt "$@" download "${PACKAGES[@]}"; }
 
 echo "fetching ${PACKAGES[*]} (Debian packages, once)"
-download || { apt "${OWN_LISTS[@]}" update && download "${OWN_LISTS[@]}"; } ||
-  cannot "$(grep -m1 '^E:' "$scratch/log" || echo 'apt-get gave up')"
+download || { apt "${OWN_LISTS[@]}" update && download "${OWN_LISTS[@]}"; } || {
+  reason=$( (grep -m1 -E 'Could not|Failed to fetch' "$scratch/log" || tail -1 "$scratch/log") | sed 's/^ *//')
+  cannot "${reason:-apt-get gave up}"
+}
 rm -rf "$TARGET"
 mkdir -p "$TARGET"
 for package in "$scratch"/*.deb; do

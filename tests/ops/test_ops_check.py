@@ -171,6 +171,56 @@ def test_the_command_fails_without_its_tools(monkeypatch: pytest.MonkeyPatch, ca
     assert "promtool is not here: `make ops-tools` brings it" in capsys.readouterr().out
 
 
+APT = """
+case "$*" in *download*) ;; *) exit 0 ;; esac
+echo "apt-get $*" >>"$CALLS"
+[[ $APT_WORKS == yes ]] || { echo "E: Unable to locate package prometheus"; exit 100; }
+touch prometheus_1.deb
+"""
+DPKG = """
+mkdir -p "$3/usr/bin"
+printf '#!/bin/sh\\n' >"$3/usr/bin/promtool"
+chmod +x "$3/usr/bin/promtool"
+"""
+
+
+@pytest.fixture
+def fetch(tmp_path: Path, repo_root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """fetch_tools.sh in a repository of its own, with an apt-get and a dpkg-deb of the test's own."""
+    (tmp_path / "cluster/deploy").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    script = shutil.copy(repo_root / "cluster/deploy/fetch_tools.sh", tmp_path / "cluster/deploy")
+    for name, text in {"apt-get": APT, "dpkg-deb": DPKG}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(works: str = "yes") -> subprocess.CompletedProcess[str]:
+        own = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "APT_WORKS": works, "CALLS": str(tmp_path / "calls"),
+               "TMPDIR": str(tmp_path)}  # fmt: skip
+        return subprocess.run([script], capture_output=True, text=True, env={**os.environ, **own})
+
+    return run
+
+
+def test_tools_are_fetched_once(fetch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    assert [fetch().returncode, fetch().returncode] == [0, 0]
+    assert (tmp_path / ".venv/ops/usr/bin/promtool").exists()
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1, "the second call fetches nothing"
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_tools_that_cannot_be_fetched_are_told_in_one_line(
+    fetch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = fetch(works="no")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "(E: Unable to locate package prometheus): tests that need them are skipped" in done.stderr
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2, "with the lists there are, then with its own"
+    assert not (tmp_path / ".venv").exists()
+    assert fetch().returncode == 0, "and it is tried again"
+
+
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
 
