@@ -105,11 +105,13 @@ def resume(run: str, overrides: Sequence[str], accept_new_prompts: bool) -> None
 @main.command()
 @_config
 @_overrides
-@click.option("--offline", is_flag=True, help="Do not ask reward servers given by URL.")
+@click.option("--offline", is_flag=True, help="Do not ask reward servers.")
 def validate(config: str, overrides: Sequence[str], offline: bool) -> None:
     """List every mismatch of CONFIG, or print the plan of the run. Nothing is started, no model is loaded."""
     loaded = _load(config, overrides)
     _refuse(_mismatches(loaded, live=not offline))
+    if not offline:
+        _refuse(_wrong_names(loaded))
     from cluster.plan import describe
     from cluster.validate import warnings
 
@@ -180,14 +182,38 @@ def _load(config: str, overrides: Sequence[str]) -> RunConfig:
 
 def _mismatches(config: RunConfig, live: bool = True) -> list[ConfigError]:
     """What does not fit; running reward servers are asked too, unless there are other mismatches already."""
+    from cluster.checks.jury import reached
     from cluster.validate import check, check_scorers_live
 
     errors = check(config)
-    if live and not errors and any(scorer.urls for scorer in config.scorers):
+    if live and not errors and reached(config):
         import asyncio
 
         errors = asyncio.run(check_scorers_live(config))
     return errors
+
+
+def _wrong_names(config: RunConfig) -> list[ConfigError]:
+    """What is wrong with scorers given by their deployment's name; joins their Ray cluster to ask."""
+    from cluster.checks.jury import reached
+
+    if not any(each.scorer.deployments for each in reached(config)):
+        return []
+    from cluster.driver import start_ray
+    from cluster.validate import check_deployed
+    from contracts.errors import ConfigError
+
+    try:
+        joined = start_ray(config)
+    except ConnectionError as error:
+        raise ConfigError("cluster.address", "no Ray cluster answers there", "start it, or mend the address") from error
+    import ray
+
+    try:
+        return check_deployed(config)
+    finally:
+        if joined:
+            ray.shutdown()
 
 
 def _refuse(errors: list[ConfigError]) -> None:

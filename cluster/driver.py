@@ -112,7 +112,9 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     In a submitted job Ray itself puts the uploaded working directory on the import path, on every node its own.
     """
     threads = str(max(config.rollout.threads, config.learner.threads))
-    kept = {name: os.environ[name] for name in {s.token_env for s in config.scorers} if name in os.environ}
+    judges = [each.judge_config for each in config.online if each.judge_config is not None]
+    tokens = {scorer.token_env for scorer in (*config.scorers, *judges)}
+    kept = {name: os.environ[name] for name in tokens if name in os.environ}
     path = {} if in_job() else {"PYTHONPATH": import_path()}
     stacks = {"SALON_STACKS": f"{config.runs_dir}/{config.name}/stacks"} if "://" not in config.runs_dir else {}
     seen = {"SALON_METRICS_HOST": config.telemetry.metrics_host}

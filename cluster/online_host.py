@@ -28,10 +28,11 @@ class OnlineHost:
 
     def __init__(self, config: Any, options: Mapping[str, Any], seed: int, vaults: Mapping[str, Any]) -> None:
         """config: its section of the run's `online`; options: those of the scorer it trains."""
+        from cluster.deployed.names import with_judge
         from cluster.processes import limit_threads, prepare_process
 
         prepare_process(f"online-{config.scorer}")
-        trainer = registry.import_target(TRAINERS[config.name])(config, options, seed)
+        trainer = registry.import_target(TRAINERS[config.name])(with_judge(config), options, seed)
         loop = registry.import_target("reward_servers.online.loop:OnlineLoop")
         limit_threads(max(1, int(config.cpus)))
         self.loop: Any = loop(trainer, config.queue_groups, config.updates_per_step, LABEL_THREADS)

@@ -1,7 +1,8 @@
 """Finds every mismatch of a configuration before the first image (law 10), by declarations and headers alone.
 
 `check` needs no cluster and loads no model; built-in plug-ins are not imported, so no torch. `check_scorers_live` asks
-reward servers given by URL; `check_cluster` compares with the resources of a Ray that is up.
+reward servers given by URL; `check_deployed` those given by name, and `check_cluster` compares with the resources, of a
+Ray cluster that this process has joined.
 Does not own: unknown keys and wrong types (contracts.config), the checks themselves (checks/).
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from cluster.checks.aggregation import check_aggregation
 from cluster.checks.declared import look_up
 from cluster.checks.inputs import check_inputs, metadata_keys
-from cluster.checks.jury import ask_servers, check_jury, check_metadata
+from cluster.checks.jury import ask_servers, check_jury, check_metadata, check_names, reached
 from cluster.checks.machines import check_machines, check_resources
 from cluster.checks.method import check_method, method_warnings
 from cluster.checks.online import check_online
@@ -30,6 +31,7 @@ def check(config: RunConfig) -> list[ConfigError]:
         *check_jury(config, declared),
         *check_aggregation(config, declared),
         *check_metadata(config, declared, metadata_keys(config)),
+        *check_names(config),
         *check_online(config),
         *check_inputs(config, declared),
         *check_machines(config),
@@ -58,16 +60,17 @@ def check_cluster(config: RunConfig, resources: Mapping[str, float]) -> list[Con
 
 
 def check_deployed(config: RunConfig) -> list[ConfigError]:
-    """The same of scorers named by their deployment, in a process that has joined their Ray cluster."""
-    if not any(scorer.deployments for scorer in config.scorers):
+    """The same of scorers and judges named by their deployment, in a process that has joined their Ray cluster."""
+    if not any(each.scorer.deployments for each in reached(config)):
         return []
-    from cluster.deployed.names import resolved
+    from cluster.deployed.names import resolved, with_judge
 
     try:
         scorers = tuple(resolved(scorer) for scorer in config.scorers)
+        online = tuple(with_judge(each, f"online.{index}") for index, each in enumerate(config.online))
     except ConfigError as error:
         return [error]
-    return asyncio.run(ask_servers(config.model_copy(update={"scorers": scorers})))
+    return asyncio.run(ask_servers(config.model_copy(update={"scorers": scorers, "online": online})))
 
 
 async def check_scorers_live(config: RunConfig) -> list[ConfigError]:

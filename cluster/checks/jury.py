@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import httpx
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from cluster.checks.declared import Declared, look_up
 from cluster.checks.options import check_options
 from contracts import registry
 from contracts.config import RunConfig
+from contracts.config.online import OnlineSection
 from contracts.config.scoring import ScorerConfig
 from contracts.declarations import AggregationNeeds, ScorerGives
 from contracts.errors import ConfigError
@@ -142,20 +144,58 @@ def _metadata_way_out(missing: Sequence[str]) -> str:
     return f"{first}a JSONL or parquet file with {', '.join(missing)}"
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Whom the run reaches over HTTP: one of its scorers, or the judge of a `trainer` of an online one.
+
+    place: section and number in the configuration.
+    """
+
+    place: str
+    scorer: ScorerConfig
+    index: int
+    trainer: OnlineSection | None = None
+
+
+def reached(config: RunConfig) -> list[Reached]:
+    """All of them."""
+    scorers = [Reached(f"scorers.{index}", scorer, index) for index, scorer in enumerate(config.scorers)]
+    judges = [
+        Reached(f"online.{index}.judge", each.judge_config, index, each)
+        for index, each in enumerate(config.online)
+        if each.judge_config is not None
+    ]
+    return [each for each in (*scorers, *judges) if each.scorer.urls]
+
+
+def check_names(config: RunConfig) -> Iterator[ConfigError]:
+    """Names of deployed scorers, in a run that starts a Ray of its own, where nothing is deployed."""
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    for each in reached(config):
+        if each.scorer.deployments:
+            yield ConfigError(
+                f"{each.place}.urls, cluster.address",
+                f"{', '.join(each.scorer.deployments)} names a deployed scorer, and the run joins no Ray cluster",
+                "set cluster.address (or RAY_ADDRESS) to the cluster it is deployed on, or give URLs",
+            )
+
+
 async def ask_servers(config: RunConfig) -> list[ConfigError]:
     """Ask every reward server given by URL alone what it is, and compare. Takes at most ASK_TIMEOUT_S."""
     async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, follow_redirects=False) as client:
-        answers = [_ask(client, config, i, s) for i, s in enumerate(config.scorers) if s.urls and not s.deployments]
+        answers = [_ask(client, config, each) for each in reached(config) if not each.scorer.deployments]
         return [error for errors in await asyncio.gather(*answers) for error in errors]
 
 
-async def _ask(client: httpx.AsyncClient, config: RunConfig, index: int, scorer: ScorerConfig) -> list[ConfigError]:
+async def _ask(client: httpx.AsyncClient, config: RunConfig, asked: Reached) -> list[ConfigError]:
+    scorer = asked.scorer
     token = os.environ.get(scorer.token_env, "")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     errors: list[ConfigError] = []
     infos: list[ScorerInfo] = []
     for position, url in enumerate(scorer.urls):
-        where = f"scorers.{index}.urls.{position}"
+        where = f"{asked.place}.urls.{position}"
         try:
             answer = await client.get(f"{url.rstrip('/')}/v1/info", headers=headers)
             answer.raise_for_status()
@@ -169,7 +209,7 @@ async def _ask(client: httpx.AsyncClient, config: RunConfig, index: int, scorer:
             )
         except ValidationError:
             errors.append(ConfigError(where, f"{url} is no reward server: /v1/info holds something else"))
-    return errors + list(_compare(config, index, scorer, infos))
+    return errors + list(_compare(config, asked, infos))
 
 
 def _refused(where: str, url: str, scorer: ScorerConfig, status: int) -> ConfigError:
@@ -177,16 +217,12 @@ def _refused(where: str, url: str, scorer: ScorerConfig, status: int) -> ConfigE
     return ConfigError(where, f"{url} answers HTTP {status} to /v1/info", way_out)
 
 
-def _compare(
-    config: RunConfig, index: int, scorer: ScorerConfig, infos: Sequence[ScorerInfo]
-) -> Iterator[ConfigError]:  # fmt: skip
-    where = f"scorers.{index}"
+def _compare(config: RunConfig, asked: Reached, infos: Sequence[ScorerInfo]) -> Iterator[ConfigError]:
+    where, scorer = asked.place, asked.scorer
     if len({(info.columns, info.version) for info in infos}) > 1:
         said = "; ".join(f"{info.version}: {', '.join(info.columns)}" for info in infos)
         yield ConfigError(f"{where}.urls", f"the replicas of {scorer.name} differ ({said})", "serve one version")
     for info in infos[:1]:
-        gives = ScorerGives(kind=info.kind, columns=info.columns, gradients=info.offers_gradients, accepts=info.accepts)
-        yield from _scorer(config, index, scorer, gives, look_up(config).aggregation)
         if scorer.version not in ("latest", info.version):
             yield ConfigError(
                 f"{where}.version", f"{scorer.name} is at {info.version}", f"write {info.version} or latest"
@@ -194,9 +230,25 @@ def _compare(
         if scorer.max_batch > info.max_images:
             yield ConfigError(f"{where}.max_batch", f"{scorer.name} takes at most {info.max_images} images a request",
                               f"use {info.max_images} or less")  # fmt: skip
+        gives = ScorerGives(kind=info.kind, columns=info.columns, gradients=info.offers_gradients, accepts=info.accepts)
+        if asked.trainer is not None:
+            yield from _labels(asked, gives)
+            return
+        yield from _scorer(config, asked.index, scorer, gives, look_up(config).aggregation)
         alone = {name: gives if name == scorer.name else None for name in (s.name for s in config.scorers)}
         declared = Declared(None, None, None, alone)
         yield from _judging_of(config, declared, scorer.name)
+
+
+def _labels(judge: Reached, gives: ScorerGives) -> Iterator[ConfigError]:
+    """Whether an online scorer can learn from what its judge answers."""
+    column = getattr(judge.trainer, "column", None)
+    if gives.kind != "point" or gives.accepts != "images":
+        said = f"{judge.scorer.name} answers a {gives.kind} table of {gives.accepts}"
+        yield ConfigError(judge.place, said, "ask a scorer of single images")
+    elif column is not None and column not in gives.columns:
+        yield ConfigError(f"online.{judge.index}.column", f"{judge.scorer.name} has no column {column!r}",
+                          f"it has {', '.join(gives.columns)}")  # fmt: skip
 
 
 def _judging_of(config: RunConfig, declared: Declared, name: str) -> Iterator[ConfigError]:

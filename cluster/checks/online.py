@@ -29,7 +29,8 @@ def check_online(config: RunConfig) -> Iterator[ConfigError]:
         if each.judge_config is not None and each.judge_config.serve is not None:
             yield ConfigError(
                 f"{where}.judge.serve", "a judge is not served by the run",
-                "start it (`python -m reward_servers serve NAME`) and give its urls, or a function",
+                "start it (`python -m reward_servers serve NAME`, `python -m cluster jury deploy NAME`) and give its "
+                "urls, or a function",
             )  # fmt: skip
     if config.online and _source(config) is not Source.ACTORS:
         yield ConfigError("online, objective.name", "no actor paints in this run, so there is nothing to learn from",

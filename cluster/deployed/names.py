@@ -11,29 +11,42 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.telemetry.targets import reachable
+from contracts.config.online import OnlineSection
 from contracts.config.scoring import ScorerConfig
 from contracts.errors import ConfigError
 
 DEPLOY = "deploy it with `python -m cluster jury deploy`"
 
 
-def resolved(scorer: ScorerConfig) -> ScorerConfig:
-    """The same with URLs in the place of names. Raises ConfigError for a name that nothing is deployed under."""
+def resolved(scorer: ScorerConfig, where: str = "") -> ScorerConfig:
+    """The same with URLs in the place of names. Raises ConfigError for a name that nothing is deployed under.
+
+    where: the scorer's place in the configuration; one of the run's scorers unless given.
+    """
     if not scorer.deployments:
         return scorer
-    details = serve_details(f"scorers.{scorer.name}.urls")
-    urls = [url for entry in scorer.urls for url in ([entry] if "://" in entry else _urls(scorer, entry, details))]
+    field = f"{where or f'scorers.{scorer.name}'}.urls"
+    details = serve_details(field)
+    urls = [url for entry in scorer.urls for url in ([entry] if "://" in entry else _urls(field, entry, details))]
     return scorer.model_copy(update={"urls": tuple(dict.fromkeys(urls))})
 
 
-def _urls(scorer: ScorerConfig, name: str, details: Mapping[str, Any]) -> list[str]:
+def with_judge(trainer: OnlineSection, where: str = "") -> OnlineSection:
+    """The same with URLs in the place of its judge's names. Raises as `resolved`."""
+    judge = trainer.judge_config
+    if judge is None or not judge.deployments:
+        return trainer
+    return trainer.model_copy(update={"judge": resolved(judge, f"{where or f'online.{trainer.scorer}'}.judge")})
+
+
+def _urls(field: str, name: str, details: Mapping[str, Any]) -> list[str]:
     application = details["applications"].get(name)
     if application is None:
         there = ", ".join(details["applications"]) or "nothing"
-        raise ConfigError(f"scorers.{scorer.name}.urls", f"no scorer is deployed as {name!r}; there is {there}", DEPLOY)
+        raise ConfigError(field, f"no scorer is deployed as {name!r}; there is {there}", DEPLOY)
     urls = addresses(application, details)
     if not urls:
-        raise ConfigError(f"scorers.{scorer.name}.urls", f"Ray Serve has no HTTP proxy to reach {name!r} through")
+        raise ConfigError(field, f"Ray Serve has no HTTP proxy to reach {name!r} through")
     return urls
 
 

@@ -68,7 +68,9 @@ class DistilledConfig(OnlineSection):
     """ONI: a slow judge labels some images, newest first, and a small head learns to say the same at once."""
 
     name: Literal["distilled"] = "distilled"
-    judge: ScorerConfig = Field(description="the slow scorer: urls, serve or function; its first column, or `column`")
+    judge: ScorerConfig = Field(
+        description="the slow scorer: urls (or names of deployed ones), or a function; its first column, or `column`"
+    )
     column: str | None = None
     form: Literal["classification", "ranking", "retrieval"] = Field(
         default="classification",

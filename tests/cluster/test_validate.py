@@ -170,6 +170,40 @@ def test_running_servers_are_asked_what_they_are(tiny_model_folder: Path, serve:
     assert "differ" in str(ask(tiny_model_folder, url, serve(info(version="2")))[0])
 
 
+def judged_by(model: Path, *urls: str, **fields: Any) -> RunConfig:
+    """A run whose online scorer learns from a judge."""
+    scorers = [{"name": "o", "serve": "distilled", "options": {"model": str(model)}}]
+    judge = {"name": "j", "urls": urls, "max_batch": 8}
+    return make_run(model, scorers=scorers, online=[{"name": "distilled", "scorer": "o", "judge": judge, **fields}])
+
+
+def test_the_judge_of_an_online_scorer_is_asked_what_it_is(tiny_model_folder: Path, serve: Any) -> None:
+    def said(*urls: str, **fields: Any) -> list[str]:
+        config = judged_by(tiny_model_folder, *urls, **fields)
+        return [str(error) for error in asyncio.run(validate.check_scorers_live(config))]
+
+    url = serve(info())
+    assert said(url) == said(url, column="score") == []
+    assert "online.0.column" in said(url, column="beauty")[0]
+    assert "j answers a pair table of images" in said(serve(info(kind="pair")))[0]
+    assert "online.0.judge.urls.0: http://127.0.0.1:9 does not answer" in said("http://127.0.0.1:9")[0]
+    assert "online.0.judge.max_batch" in said(serve(info(max_images=4)))[0]
+
+
+def test_names_of_deployed_scorers_need_a_cluster_to_join(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    named = make_run(tiny_model_folder, scorers=[{"name": "s", "urls": ["taste"]}])
+    judged = judged_by(tiny_model_folder, "taste")
+    for config, field in ((named, "scorers.0.urls"), (judged, "online.0.judge.urls")):
+        (error,) = [one for one in validate.check(config) if "joins no Ray cluster" in one.problem]
+        assert error.field == f"{field}, cluster.address"
+        assert "taste names a deployed scorer" in error.problem
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "Ray cluster" not in str([*validate.check(named), *validate.check(judged)])
+
+
 def test_a_server_that_does_not_answer_is_one_message(
     tiny_model_folder: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
