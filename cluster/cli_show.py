@@ -84,7 +84,7 @@ def ledger(
 
         listing = list_groups(
             folder, state=state, reason=reason, step=step, version=version, actor=actor, limit=limit,
-            oldest_first=oldest_first,
+            newest_first=not oldest_first,
         )  # fmt: skip
         click.echo(json.dumps(listing, indent=2)) if as_json else print_groups(listing)
         return

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from cluster.ledger.facts import LedgerFacts
 from cluster.ledger.reader import Event, GroupRow
 from cluster.run_folder import RunFolder
+from cluster.vault_files import group_file
 from contracts import codec
 from contracts.errors import ConfigError, LedgerError, PayloadError
 from contracts.scores import Outcome, ScoreTable
@@ -42,12 +43,12 @@ def opened(folder: RunFolder) -> Iterator[LedgerFacts]:
 
 
 def list_groups(folder: RunFolder, **filters: Any) -> Json:
-    """{name, books, groups}: filters and their meaning as LedgerFacts.find has them."""
+    """{name, books, groups}: filters and their meaning as LedgerReader.rows has them."""
     with opened(folder) as ledger:
         books = ledger.books()
         groups = [
             {**_row(row), "prompt": ledger.prompt(row.group_id).text, "reward": _mean_reward(ledger, row.group_id)}
-            for row in ledger.find(**filters)
+            for row in ledger.rows(**filters)
         ]
     return {
         "name": folder.location.rstrip("/").rsplit("/", 1)[-1],
@@ -96,7 +97,7 @@ def existing(ledger: LedgerFacts, group_id: int) -> GroupRow:
     try:
         return ledger.row(group_id)
     except LedgerError as error:
-        newest = ledger.find(limit=1)
+        newest = ledger.rows(limit=1, newest_first=True)
         there = f"groups 0 to {newest[0].group_id} exist" if newest else "the ledger is empty"
         raise ConfigError("ID", str(error), there) from error
 
@@ -106,7 +107,7 @@ def read_stored(folder: RunFolder, row: GroupRow) -> tuple[GroupHeader, dict[str
     if row.vault is None or row.paint_attempt is None:
         return None
     index = row.vault.removeprefix("vault-")
-    path = folder.root / "vaults" / index / f"group-{row.group_id:08d}-{row.paint_attempt}.safetensors"
+    path = folder.root / "vaults" / index / group_file(row.group_id, row.paint_attempt)
     try:
         return codec.decode(path.read_bytes(), GroupHeader)
     except (OSError, PayloadError, ValidationError):

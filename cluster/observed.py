@@ -14,6 +14,7 @@ import psutil
 import ray
 
 from cluster.context import RunContext
+from cluster.deployed.seen import ReplicaAddresses
 from cluster.processes import describe_process
 from cluster.telemetry.targets import TargetFile, reachable
 from contracts.config import RunConfig
@@ -38,6 +39,7 @@ class Finder:
 
     def __init__(self, config: RunConfig) -> None:
         self.targets = TargetFile(config)
+        self.replicas = ReplicaAddresses()
         self._known: dict[str, dict[str, Any]] = {}
 
     async def find(
@@ -54,12 +56,13 @@ class Finder:
         found = {**describe_process(), "name": "controller"}
         found["metrics"] = reachable(address, ray.util.get_node_ip_address()) if address else None
         self._known["controller"] = found
-        self._tell(context, scorers)
+        replicas = await self.replicas.of({name for scorer in scorers for name in scorer.deployments})
+        self._tell(context, {scorer.name: _addresses(scorer, replicas) for scorer in scorers})
         return list(self._known.values())
 
-    def _tell(self, context: RunContext, scorers: Sequence[ScorerConfig]) -> None:
+    def _tell(self, context: RunContext, servers: Mapping[str, Sequence[str]]) -> None:
         try:
-            self.targets.write(self._known.values(), {scorer.name: _addresses(scorer) for scorer in scorers})
+            self.targets.write(self._known.values(), servers)
         except OSError as error:
             context.telemetry.event("targets_not_written", path=str(self.targets.path), error=str(error))
 
@@ -68,9 +71,10 @@ class Finder:
         self.targets.remove()
 
 
-def _addresses(scorer: ScorerConfig) -> list[str]:
-    """Where its servers tell their series. Behind a deployment's name some replica would answer, another each time."""
-    return [url for url in scorer.urls if url not in scorer.deployments]
+def _addresses(scorer: ScorerConfig, replicas: Mapping[str, Sequence[str]]) -> list[str]:
+    """Where its servers tell their series: at their URLs, and each replica behind a deployment's name by itself."""
+    alone = [url for url in scorer.urls if url not in scorer.deployments]
+    return alone + [f"http://{address}" for name in scorer.deployments for address in replicas.get(name, ())]
 
 
 async def _answer(ref: Any) -> Any:

@@ -41,9 +41,9 @@ def run(*command: str, cwd: Path = ROOT) -> str:
     return "" if done.returncode == 0 else (done.stdout + done.stderr).strip() or f"{command[0]}: {done.returncode}"
 
 
-def expanded(expr: str, run_name: str = ".*", window: str = "1m") -> str:
+def expanded(expr: str, run_name: str = ".*", window: str = "1m", scorer: str = ".*") -> str:
     """A dashboard's expression as Prometheus takes it: Grafana's variables filled in."""
-    return expr.replace("$__rate_interval", window).replace("$run", run_name).replace("$scorer", ".*")
+    return expr.replace("$__rate_interval", window).replace("$run", run_name).replace("$scorer", scorer)
 
 
 def parse_problem(expressions: Iterable[str]) -> str:

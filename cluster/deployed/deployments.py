@@ -69,7 +69,7 @@ def deploy(wanted: Deployment, settings: ServerSettings, token: str | None) -> l
     check_deployment(wanted)
     from ray import serve
 
-    _start_serve(settings, token)
+    settings = _start_serve(settings, token)
     try:
         serve.run(_application(wanted, settings, token), name=wanted.name, route_prefix=f"/{wanted.name}")
     except RuntimeError as error:
@@ -133,8 +133,11 @@ def _application(wanted: Deployment, settings: ServerSettings, token: str | None
     )  # fmt: skip
 
 
-def _start_serve(settings: ServerSettings, token: str | None) -> None:
-    """Ray Serve, if it is not running. Raises ConfigError for a scorer without a token that others could reach."""
+def _start_serve(settings: ServerSettings, token: str | None) -> ServerSettings:
+    """Ray Serve, if it is not running; the settings with the address that its proxies listen on.
+
+    Raises ConfigError for a scorer without a token that others could reach.
+    """
     from ray import serve
     from ray.exceptions import RayActorError
     from ray.serve.context import _get_global_client
@@ -142,11 +145,14 @@ def _start_serve(settings: ServerSettings, token: str | None) -> None:
     from reward_servers.settings import check_reach
 
     client = _get_global_client(raise_if_no_controller_running=False)
-    check_reach(settings if client is None else replace(settings, host=client.http_config.host), token)
+    if client is not None:
+        settings = replace(settings, host=client.http_config.host)
+    check_reach(settings, token)
     if client is None:
         with suppress(RayActorError):  # a proxy that was slow to start: Serve replaces it by itself
             serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
         _wait_for_proxy()
+    return settings
 
 
 def _wait_for_proxy() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.deployed.scaling import HELD
+from cluster.telemetry import process
 from contracts.errors import ScoringError
 from reward_servers.app import Service, build_app
 from reward_servers.construct import make_scorer
@@ -26,6 +27,7 @@ class ScorerReplica:
         self, name: str, options: Sequence[str], settings: ServerSettings, token: str | None
     ) -> None:
         self.service = Service(make_scorer(name, options), settings, token)
+        process.listen(settings.host, self.service.telemetry.registry)  # behind the proxy each scrape is another's
         self._batching = asyncio.create_task(self.service.batcher.run())
         await self.service.load()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.ledger.reader import GroupRow, LedgerReader
+from cluster.ledger.reader import LedgerReader
 
 STAGES: dict[str, tuple[str, str]] = {
     "waiting to be painted, and painting": ("admitted_at", "generated_at"),
@@ -30,24 +30,6 @@ class Moved:
 
 class LedgerFacts(LedgerReader):
     """The read side with sums; beside a running writer too."""
-
-    def find(
-        self,
-        *,
-        state: str | None = None,
-        reason: str | None = None,
-        step: int | None = None,
-        version: int | None = None,
-        actor: str | None = None,
-        limit: int = 20,
-        oldest_first: bool = False,
-    ) -> list[GroupRow]:
-        """Groups that match every given filter, the newest (or the oldest) `limit` of them, in that order."""
-        wanted = {"state": state, "reason": reason, "step": step, "weight_version": version, "actor": actor}
-        used = {name: value for name, value in wanted.items() if value is not None}
-        clauses = " AND ".join([f"{name} = ?" for name in used] or ["1"])
-        order = "ASC" if oldest_first else "DESC"
-        return self._select(f"WHERE {clauses} ORDER BY group_id {order} LIMIT ?", (*used.values(), limit))
 
     def staleness(self) -> dict[int, int]:
         """Trained groups by staleness in steps."""

@@ -147,20 +147,30 @@ class LedgerReader:
     def rows(
         self,
         *,
-        state: GroupState | None = None,
+        state: GroupState | str | None = None,
         source: Source | None = None,
         step: int | None = None,
-        reason: DiscardReason | None = None,
+        reason: DiscardReason | str | None = None,
+        version: int | None = None,
+        actor: str | None = None,
         since: int = 0,
         limit: int | None = None,
+        newest_first: bool = False,
     ) -> list[GroupRow]:
-        """Groups in admission order that match every given filter, from group id `since` on."""
-        wanted = {"state": state, "source": source, "step": step, "reason": reason}
+        """Groups that match every given filter, from group id `since` on, in admission order or the other way round.
+
+        limit: how many at most, of the first ones in that order. version: of the weights that painted them.
+        """
+        wanted = {
+            "state": state, "source": source, "step": step, "reason": reason, "weight_version": version, "actor": actor,
+        }  # fmt: skip
         used = {name: value for name, value in wanted.items() if value is not None}
         clauses = "".join(f" AND {name} = ?" for name in used)
         values = [getattr(value, "value", value) for value in used.values()]
+        order = "DESC" if newest_first else "ASC"
         return self._select(
-            f"WHERE group_id >= ?{clauses} ORDER BY group_id LIMIT ?", (since, *values, -1 if limit is None else limit)
+            f"WHERE group_id >= ?{clauses} ORDER BY group_id {order} LIMIT ?",
+            (since, *values, -1 if limit is None else limit),
         )
 
     def prompt(self, group_id: int) -> PromptSpec:

@@ -1,7 +1,8 @@
 """The /metrics of a process that has no series of the run to tell: its memory, CPU time and open files.
 
 Every process of a run listens, so that Prometheus sees each by its own `up`, whatever node it is on; the controller
-and reward servers have exporters of their own and add these series to them (`register`).
+and reward servers have exporters of their own and add these series to them (`register`). A replica of a deployed
+scorer, which is reached through a proxy, listens here too, with its reward server's registry.
 Does not own: the run's series (telemetry.py), who finds the address (targets.py).
 """
 
@@ -26,14 +27,18 @@ def register(registry: CollectorRegistry) -> None:
     ProcessCollector(namespace="salon", registry=registry)
 
 
-def listen() -> None:
-    """Answer /metrics on any free port of SALON_METRICS_HOST. A process that cannot is seen as down, and works on."""
+def listen(host: str | None = None, registry: CollectorRegistry | None = None) -> None:
+    """Answer /metrics on any free port. A process that cannot is seen as down, and works on.
+
+    host: SALON_METRICS_HOST unless given; registry: what it tells, in the place of the process's own series alone.
+    """
     global _address
-    host = os.environ.get(HOST_ENV)
+    host = host or os.environ.get(HOST_ENV)
     if host is None or _address is not None:
         return
-    registry = CollectorRegistry(auto_describe=True)
-    register(registry)
+    if registry is None:
+        registry = CollectorRegistry(auto_describe=True)
+        register(registry)
     try:
         server, _ = start_http_server(0, addr=host, registry=registry)
     except OSError:

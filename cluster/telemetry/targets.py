@@ -31,7 +31,9 @@ def targets_folder(config: RunConfig) -> Path:
 
 
 def role_of(process: str) -> str:
-    """Role of a process by its name: 'actor-3' -> 'actor', 'host-copy' -> 'host-copy'."""
+    """Role of a process by its name: 'actor-3' -> 'actor', 'host-copy' -> 'host-copy', 'online-taste' -> 'online'."""
+    if process.startswith("online-"):  # named after its scorer
+        return "online"
     stem, _, number = process.rpartition("-")
     return stem if number.isdigit() and stem else process
 

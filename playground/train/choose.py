@@ -25,7 +25,7 @@ from playground.train.sample import Settings, strict_by_kind
 from playground.world.captions import Spec
 from playground.world.prompts import held_out_prompts
 
-SHIFTS, GUIDANCE, STEPS = (1.0, 2.0, 3.0, 4.5), (1.0, 2.0, 3.0, 4.5), (8, 16, 28)
+SHIFTS, GUIDANCE, STEPS = (1.0, 2.0, 3.0, 4.5), (1.0, 1.5, 2.0, 3.0, 4.5), (8, 16, 28)
 NUM_COARSE, NUM_FINE, NUM_TEST = 150, 400, 1_000
 NUM_FINALISTS = 3
 

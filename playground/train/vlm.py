@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from contracts.config.judges import VqaScoreOptions
+from playground.world.captions import COLOURS, SHAPES
 from playground.world.prompts import all_specs
 from playground.world.scenes import SIZE
+from playground.world.verify import UNKNOWN
 
 FOLDER = Path(__file__).parents[1] / "judge"
 QUESTION: str = VqaScoreOptions.model_fields["question"].default
-DESCRIBE = "Describe the figure."
+DESCRIBE = "Where is what?"
+BEFORE, AFTER = QUESTION.split("{prompt}")
+"""What stands round a caption; one token each, so that a question costs little more than its caption."""
 _PATCH, _SHUFFLE = 4, 2
 IMAGE_TOKENS = (SIZE // _PATCH // _SHUFFLE) ** 2
 CONTEXT = 512
@@ -32,6 +36,9 @@ _SPECIAL = [
     "<|pad|>", "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", _IMAGE, _FAKE, "<end_of_utterance>", _GLOBAL,
     *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
 ]  # fmt: skip
+PICTURE = f"<|user|>{_FAKE}{_GLOBAL}{_IMAGE * IMAGE_TOKENS}{_FAKE}"
+END = "<|end|>"
+ANSWER = f"{END}<|assistant|>"
 _TEMPLATE = (
     "{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
@@ -47,7 +54,7 @@ class Shape:
     vision_width: int = 96
     vision_layers: int = 3
     text_width: int = 128
-    text_layers: int = 3
+    text_layers: int = 4
     heads_width: int = 32
 
 
@@ -90,13 +97,16 @@ def build(size: str = "small", seed: int = 0) -> tuple[Idefics3ForConditionalGen
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of a question is one token; any other text is spelt out in bytes."""
+    """Byte-level BPE in which every word of a caption and all that stands round it is one token; any other text is
+    spelt out in bytes.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     captions = [spec.text for spec in all_specs()][::7]
-    corpus = [QUESTION.replace("{prompt}", text) for text in captions] + [DESCRIBE, "yes no Yes No", *captions] * 2
-    corpus += ["yes", "no", *" ".join("0123456789 ABCDEFGHIJ").split()] * 50
+    corpus = [f'"{text}"' for text in captions] + ["yes no Yes No", *captions] * 2
+    described = f" {UNKNOWN} " + " ".join(COLOURS + SHAPES + tuple("0123456789"))
+    corpus += ["yes", "no", described, *" ".join("0123456789 ABCDEFGHIJ").split()] * 50
     trainer = trainers.BpeTrainer(
         vocab_size=448, special_tokens=_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -106,14 +116,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", bos_token="<|begin|>",
         model_max_length=CONTEXT,
     )  # fmt: skip
+    made.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in (BEFORE, AFTER, DESCRIBE)])
     made.chat_template = _TEMPLATE
     return made
 
 
 def prompt_text(text: str) -> str:
     """What the chat template and the processor make of one image and a text: kept equal by a test."""
-    image = _FAKE + _GLOBAL + _IMAGE * IMAGE_TOKENS + _FAKE
-    return f"<|user|>{image}{text}<|end|><|assistant|>"
+    return PICTURE + text + ANSWER
 
 
 def answer_ids(tokenizer: Any) -> tuple[int, int]:

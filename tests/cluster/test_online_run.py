@@ -1,4 +1,7 @@
-"""A whole run whose reward model learns beside it: versions flip between steps, are recorded, kept, and come back."""
+"""A whole run whose reward model learns beside it: versions flip between steps, are recorded, kept, and come back.
+
+Scorer, server, trainer and everything that carries versions are real; painter and learner are timers (online_parts).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import pytest
 
 from cluster.checkpoints import newest_whole
 from cluster.checks.online import check_online
+from cluster.controller import Parts
 from cluster.ledger.reader import LedgerReader
 from cluster.online import OnlineModels
 from cluster.telemetry import Telemetry
@@ -20,38 +24,31 @@ from contracts import versions
 from contracts.config import RunConfig
 from contracts.scores import point_table
 from contracts.wire import GroupHeader, PromptSpec
+from tests.cluster.online_parts import build_dino
 from tests.cluster.whole_run import books_of, folder_of, shared_ray
 from tests.laws.run_kit import events, run_on_cluster, tiny_config
 from tests.reward_servers.online_kit import flat, write_references
 
-STEPS = 6
+STEPS = 4
+PARTS = Parts("tests.cluster.online_parts:NoisePainter", "tests.cluster.online_parts:PatientLearner")
+QUICK = {"paint_s": 0.05, "update_s": 0.05, "weight_mb": 0.01}
 
 
-def build_dino(folder: Path) -> None:
-    """A tiny DINOv2 in the official format: 28 pixels, four patches."""
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(folder)
-    BitImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.3] * 3
-    ).save_pretrained(folder)
-
-
-def online_config(model: Path, root: Path, **changes: Any) -> RunConfig:
+def online_config(root: Path, **changes: Any) -> RunConfig:
     references = write_references(root / "references", flat((200, 40, 40)))
     usual: dict[str, Any] = {
         "scorers": [
-            {"name": "colour", "serve": "colourfulness", "held_out": True},
+            {"name": "number", "function": "benchmarks.stand_ins:score", "held_out": True},
             {"name": "real", "serve": "adversarial_dino",
              "options": {"model": str(root / "dino"), "size": None, "patches": 2}},
         ],
         "online": [{"name": "adversarial_dino", "scorer": "real", "references": references, "per_prompt": False,
                     "lr": 1e-2, "hidden": 8}],
+        "prompts": {"source": "benchmarks.stand_ins:Prompts", "options": QUICK},
         "checkpoint": {"every_steps": 2},
         "stop__steps": STEPS,
     }  # fmt: skip
-    return tiny_config(model, root / "runs", **{**usual, **changes})
+    return tiny_config(root / "no model", root / "runs", **{**usual, **changes})
 
 
 def versions_of(config: RunConfig, step: int | None = None) -> dict[int, str]:
@@ -67,15 +64,15 @@ def name_of(version: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
     root = tmp_path_factory.mktemp("online_run")
     build_dino(root / "dino")
-    config = online_config(tiny_model_folder, root)
+    config = online_config(root)
     with shared_ray():
-        first = run_on_cluster(config)
+        first = run_on_cluster(config, PARTS)
         kept = {"books": books_of(config), "checkpoint": newest_whole(folder_of(config) / "checkpoints")[0],
                 "events": events(config, "online_version")}  # fmt: skip
-        longer = online_config(tiny_model_folder, root, stop__steps=STEPS + 1)
+        longer = online_config(root, stop__steps=STEPS + 1)
         second = resume_on_cluster(longer)
     return config, {"first": first, "second": second, **kept}
 
@@ -87,7 +84,7 @@ def resume_on_cluster(config: RunConfig) -> dict[str, Any]:
     from cluster.driver import worker_environment
 
     controller = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)}).remote(
-        config, None, True
+        config, PARTS, True
     )
     return ray.get(controller.run.remote())
 
@@ -142,8 +139,8 @@ class Hung:
         return SimpleNamespace(remote=remote)
 
 
-def test_a_trainer_that_hangs_costs_dropped_copies_and_no_wait(tiny_model_folder: Path, tmp_path: Path) -> None:
-    config = online_config(tiny_model_folder, tmp_path)
+def test_a_trainer_that_hangs_costs_dropped_copies_and_no_wait(tmp_path: Path) -> None:
+    config = online_config(tmp_path)
     told: list[str] = []
     header = GroupHeader(group_id=0, attempt=0, prompt=PromptSpec(text="p"), group_size=4, weight_version=0,
                          prompt_digest="d")  # fmt: skip
@@ -186,9 +183,9 @@ def table_is_stale(online: OnlineModels, version: str, since: dict[str, int]) ->
     return online.stale({"real": table}, since) != []
 
 
-def test_mismatches_are_found_before_the_first_image(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_mismatches_are_found_before_the_first_image(tmp_path: Path) -> None:
     def problems(**changes: Any) -> str:
-        return "\n".join(map(str, check_online(online_config(tiny_model_folder, tmp_path, **changes))))
+        return "\n".join(map(str, check_online(online_config(tmp_path, **changes))))
 
     assert problems() == ""
     assert "nothing trains real" in problems(online=[])
@@ -196,6 +193,6 @@ def test_mismatches_are_found_before_the_first_image(tiny_model_folder: Path, tm
     assert "nowhere.jsonl is not there" in problems(online=[entry])
     assert "trained twice" in problems(online=[entry, entry])
     assert "no scorer is called 'unreal'" in problems(online=[{**entry, "scorer": "unreal"}])
-    assert "colour is no adversarial_dino" in problems(online=[{**entry, "scorer": "colour"}])
+    assert "number is no adversarial_dino" in problems(online=[{**entry, "scorer": "number"}])
     judged = {"name": "distilled", "scorer": "real", "judge": {"name": "j", "serve": "jpeg_size"}}
     assert "a judge is not served by the run" in problems(online=[judged])

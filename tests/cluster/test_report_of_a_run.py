@@ -81,7 +81,7 @@ def test_status_of_a_finished_run(run: RunFolder) -> None:
 
 def test_a_group_of_weights_that_are_kept_is_painted_again_to_the_byte(run: RunFolder, tmp_path: Path) -> None:
     """Version 0 is the model folder itself; version 1 stands in the checkpoint of step 1."""
-    listing = list_groups(run, state="trained", limit=10, oldest_first=True)
+    listing = list_groups(run, state="trained", limit=10)
     versions = {group["version"]: group["group"] for group in listing["groups"]}
     assert set(versions) == {0, 1}
     for version, group_id in versions.items():
@@ -106,7 +106,7 @@ def test_what_the_ledger_knows_of_a_group(run: RunFolder, tmp_path: Path) -> Non
 
 def test_other_weights_are_said_and_seen(run: RunFolder) -> None:
     shutil.rmtree(run.checkpoints / "step-000001", ignore_errors=True)
-    group = list_groups(run, version=1, state="trained")["groups"][0]["group"]
+    group = list_groups(run, version=1, state="trained", limit=1, newest_first=True)["groups"][0]["group"]
     done = repaint(run, group)
     assert (done.version, done.used, done.equal) == (1, 2, False)
     assert "version 2, the nearest whose weights are kept" in done.words

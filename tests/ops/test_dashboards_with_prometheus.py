@@ -1,6 +1,7 @@
 """A real Prometheus finds every process of a real run by itself, and every panel of the dashboards has data of it.
 
-One short run on the miniature model, scraped every second; every expression is asked for over the time it took.
+One short run on the miniature model, scraped every second; every expression is asked for over the time it took. Its
+jury has what the dashboards show: a plain scorer, one that learns beside the run, and one that asks a judge.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from cluster.deploy import check, tools
 from cluster.deploy.grafana.dashboards import BOARDS
 from cluster.telemetry.targets import targets_folder
 from contracts.config import RunConfig
+from tests.cluster.online_parts import build_dino
 from tests.cluster.whole_run import shared_ray
 from tests.laws.run_kit import run_on_cluster, tiny_config
+from tests.reward_servers.judge_helpers import judging, leans, pictures_of
+from tests.reward_servers.online_kit import flat, write_references
 
-WITHOUT_DATA = {"Cache hits": "only a scorer that asks a judge has a cache, and this run's scorers do not"}
-"""Panels that a run without such a part leaves empty, and why."""
-
-ROLES = {"controller", "vault", "dispatcher", "actor", "learner", "host", "reward_server"}
+ROLES = {"controller", "vault", "dispatcher", "actor", "learner", "host", "reward_server", "online"}
 
 
 @dataclass
@@ -50,15 +51,25 @@ class Prometheus:
         return [(labels, finite) for labels, values in found if (finite := [v for v in values if math.isfinite(v)])]
 
 
-def run_config(model: Path, folder: Path) -> RunConfig:
+def run_config(model: Path, folder: Path, judge: str) -> RunConfig:
+    asking = {"urls": [judge], "model": "judge", "hedge_quantile": None}
     scorers = [
         {"name": "colour", "serve": "colourfulness"},
-        {"name": "size", "serve": "jpeg_size", "held_out": True},
+        {"name": "real", "serve": "adversarial_dino", "options": build_dino(folder / "dino")},
+        {"name": "asked", "serve": "vqascore", "options": asking, "held_out": True},
     ]
+    references = write_references(folder / "references", flat((200, 40, 40)))
+    online = [{"name": "adversarial_dino", "scorer": "real", "references": references, "per_prompt": False}]
     return tiny_config(
-        model, folder, name="watched", scorers=scorers, objective__kl_beta=0.01, pipeline__max_staleness=1,
-        eval__before=True, stop__steps=12,
+        model, folder / "runs", name="watched", scorers=scorers, online=online, objective__kl_beta=0.01,
+        pipeline__max_staleness=1, eval__before=True, stop__steps=12,
     )  # fmt: skip
+
+
+def says_yes(body: dict[str, Any]) -> dict[str, Any]:
+    """A judge that likes bright pictures."""
+    share = min(max(float(pictures_of(body)[0].mean()) / 255, 0.01), 0.99)
+    return leans({"yes": share, "no": 1 - share}, body)
 
 
 def write_prometheus_config(folder: Path, targets: Path) -> Path:
@@ -104,7 +115,12 @@ def watched(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     except tools.MissingTool as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("watched")
-    config = run_config(tiny_model_folder, folder / "runs")
+    with judging(says_yes) as judge:
+        yield from watch_a_run(program, run_config(tiny_model_folder, folder, judge.url), folder)
+
+
+def watch_a_run(program: str, config: RunConfig, folder: Path) -> Iterator[Prometheus]:
+    """The Prometheus that has watched the run from its beginning to its end."""
     path, port = write_prometheus_config(folder, targets_folder(config)), free_port()
     targets_folder(config).mkdir(parents=True)
     storage, address = f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address=127.0.0.1:{port}"
@@ -141,7 +157,7 @@ def test_a_panel_has_data(title: str, watched: Prometheus) -> None:
     panel = next(panel for board in BOARDS for panel in board.panels if panel.title == title)
     for query in panel.queries:
         found = watched.values(tools.expanded(query.expr))
-        assert bool(found) == (title not in WITHOUT_DATA), query.expr
+        assert found, query.expr
 
 
 def test_the_bottleneck_table_has_its_two_lines(watched: Prometheus) -> None:
@@ -158,6 +174,15 @@ def test_a_healthy_run_raises_no_alert(watched: Prometheus) -> None:
 
 
 def test_a_run_counts_all_its_slots(watched: Prometheus) -> None:
-    """One actor, one rank and two reward servers on a machine without a GPU: four CPU slots (law 8)."""
+    """One actor, one rank and three reward servers on a machine without a GPU: five CPU slots (law 8)."""
     ((_, values),) = watched.values("run:salon_accelerators:sum")
-    assert set(values) == {4.0}
+    assert set(values) == {5.0}
+
+
+def test_a_scorer_has_one_name_in_the_series_of_its_server_and_of_the_run(watched: Prometheus) -> None:
+    """That of the configuration, whatever the scorer is called in the registry: so one `$scorer` picks all of it."""
+    names = {"colour", "real", "asked"}
+    for series in ("salon_reward_ready", "salon_reward_batch_images_count", "salon_score_outcomes_total"):
+        assert {labels["scorer"] for labels, _ in watched.values(series)} == names, series
+    ((labels, _),) = watched.values("salon_online_version")
+    assert labels["scorer"] == "real"

@@ -79,7 +79,13 @@ def test_whoever_listens_everywhere_is_found_at_the_nodes_address(address: str, 
 
 @pytest.mark.parametrize(
     ("process", "role"),
-    [("actor-12", "actor"), ("host-copy-0", "host-copy"), ("dispatcher", "dispatcher"), ("controller", "controller")],
+    [
+        ("actor-12", "actor"),
+        ("host-copy-0", "host-copy"),
+        ("dispatcher", "dispatcher"),
+        ("controller", "controller"),
+        ("online-taste-2", "online"),
+    ],
 )
 def test_the_role_is_in_the_name(process: str, role: str) -> None:
     assert role_of(process) == role

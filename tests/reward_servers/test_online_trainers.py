@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import judges_of_tests
 import numpy as np
@@ -22,6 +23,7 @@ from reward_servers.online.guarded import hacked, preference_loss
 from reward_servers.online.heads import make_head
 from reward_servers.online.labels import Label, Labels, image_key
 from reward_servers.scorers.base import ScoreBatch
+from tests.learner.aggregation_kit import advantages, rewards, rule, scores
 
 RED, BLUE = (220, 40, 40), (40, 40, 220)
 
@@ -81,6 +83,44 @@ def test_the_toy_generator_stops_at_the_references_where_a_fixed_scorer_sends_it
             trail.append(mean)
     assert np.linalg.norm(np.mean(trail[-40:], axis=0) - target) < 0.35
     assert np.linalg.norm(fixed - target) > 5
+
+
+def test_a_policy_that_paints_the_references_leaves_nothing_to_learn_and_no_advantage(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The hinge's two sides cancel where |h| < 1: the head's gradient is exactly 0, its loss 1, its accuracy 1/2."""
+    trainer = adversarial(write_references(tmp_path / "refs", colours(8, 1)), models["dino"])
+    trainer.load()
+    references = trainer.references.draw("a red circle", 8, np.random.default_rng(0))
+    elsewhere = list(flat((40, 220, 40), 8, noise=40))
+    real, fake = trainer.features(references), trainer.features(elsewhere)
+    patches = trainer.features.some_patches(2, trainer.rng())
+    before = {name: p.detach().clone() for name, p in trainer.named.items()}
+    with torch.no_grad():
+        assert float(trainer.head(real).abs().max()) < 1
+    for _ in range(3):
+        still = trainer.update(real, real.clone(), patches)
+    assert all(torch.equal(p.detach(), before[name]) for name, p in trainer.named.items())
+    assert still["accuracy"] == 0.5
+    assert still["loss"] == pytest.approx(1 + trainer.config.patch_weight, rel=1e-6)
+
+    for _ in range(40):
+        apart = trainer.update(real, fake, patches)
+    assert apart["accuracy"] > 0.9
+    publish(tmp_path, trainer)
+    scorer = make_scorer("adversarial_dino", [f"model={models['dino']}", f"versions={tmp_path}", "size=null"])
+    scorer.load()
+    assert painted_advantage(scorer, references, elsewhere) < -0.5
+    assert painted_advantage(scorer, references, references[::-1]) == pytest.approx(0, abs=1e-6)
+    arrived = trainer.update(real, real.flip(0), patches)
+    assert arrived["accuracy"] == 0.5, "it can no longer tell them apart"
+
+
+def painted_advantage(scorer: Any, references: list[np.ndarray], painted: list[np.ndarray]) -> float:
+    """Mean advantage of what was painted, in one group with the references."""
+    table = scorer.score(batch_of(np.stack([*references, *painted])))
+    (found,) = advantages(rewards(rule("weighted_sum"), scores(table)), std="global")
+    return float(found[len(references) :].mean())
 
 
 def test_dino_reads_the_size_that_the_options_name(models: dict[str, Path]) -> None:
@@ -217,6 +257,29 @@ def test_the_head_comes_to_agree_with_the_judge(models: dict[str, Path], tmp_pat
     trainer.close()
 
 
+def test_the_head_orders_better_the_more_is_labelled(models: dict[str, Path]) -> None:
+    """AUROC against the judge on images that nobody labelled, after 4 labels and after 64."""
+    trainer = distilled("judges_of_tests:redness", models["clip"], lr=0.02, images_per_group=4, steps_per_update=20)
+    trainer.load()
+    rng = np.random.default_rng(5)
+
+    def any_colours(number: int) -> np.ndarray:
+        return np.concatenate([flat(rng.integers(0, 256, 3), 1, 40, int(rng.integers(2**31))) for _ in range(number)])
+
+    fresh = any_colours(64)
+    truth = judges_of_tests.redness(fresh, (), ()) > 0
+    found = {}
+    for number in range(16):
+        trainer.learn(trainer.label(fed(number, any_colours(4))))
+        trainer.updates += 1
+        if number in (0, 15):
+            said = trainer.head(trainer.features(fresh, ("a red circle",) * 64))[:, 0].detach().numpy()
+            found[len(trainer.labels)] = float(np.mean(said[truth][:, None] > said[~truth][None]))
+    trainer.close()
+    assert found[64] > found[4] + 0.1, found
+    assert found[64] > 0.8
+
+
 def test_ranking_standardises_and_cuts_at_its_floor(models: dict[str, Path], tmp_path: Path) -> None:
     trainer = distilled("judges_of_tests:red_share", models["clip"], form="ranking", lr=0.02, images_per_group=8,
                         steps_per_update=20, quantile=0.5)  # fmt: skip
@@ -249,6 +312,12 @@ def test_retrieval_knows_what_was_labelled_and_nothing_else(models: dict[str, Pa
     table = scorer.score(batch_of(images))
     np.testing.assert_allclose(table.values[:2, 0], judges_of_tests.red_share(images[:2], (), ()), rtol=1e-6)
     assert table.outcomes[:, 0].tolist() == [Outcome.OK, Outcome.OK, Outcome.UNDECIDED, Outcome.UNDECIDED]
+    trainer.learn(trainer.label(fed(1, images)))
+    publish(tmp_path, trainer, 1)
+    scorer.refresh()
+    after = scorer.score(batch_of(images))
+    assert after.valid().all(), "what was unseen is labelled when it comes again"
+    np.testing.assert_allclose(after.values[:, 0], judges_of_tests.red_share(images, (), ()), rtol=1e-6)
     trainer.close()
 
 

@@ -23,8 +23,9 @@ from reward_helpers import pictures, post, score_body
 
 from cluster.cli import main
 from cluster.deployed.deployments import Deployment, deploy, listing, remove
-from cluster.deployed.names import resolved
+from cluster.deployed.names import resolved, with_judge
 from cluster.deployed.scaling import ByImagesHeld, Scaling
+from cluster.deployed.seen import ReplicaAddresses
 from cluster.validate import check_deployed
 from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
@@ -84,6 +85,12 @@ def serve() -> Iterator[dict[str, str]]:
         ray.shutdown()
         for name, value in held.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def reward_targets(path: Path) -> list[str]:
+    """Where a run tells Prometheus that its reward servers are."""
+    groups = json.loads(path.read_text())
+    return [group["targets"][0] for group in groups if group["labels"]["role"] == "reward_server"]
 
 
 def row(name: str) -> dict[str, Any]:
@@ -161,10 +168,19 @@ def test_one_scorer_goes_from_1_to_3_replicas_and_back_and_neither_another_nor_a
     wait_until(lambda: step() >= 1)
     before, steady, load = step(), row("steady"), Load("slow", callers=8)
     assert row("slow")["replicas"] == 1
-    load.run(60, lambda: row("slow")["replicas"] == 3)
+    seen = ReplicaAddresses()
+
+    def exporters() -> list[str]:
+        return asyncio.run(seen.of({"slow"}))["slow"]
+
+    load.run(60, lambda: row("slow")["replicas"] == len(set(exporters())) == 3)
     at_three = step()
     wait_until(lambda: (row("slow")["replicas"], row("slow")["wanted"]) == (1, 1))
     after = step()
+    assert "salon_reward_images_total" in httpx.get(f"http://{exporters()[0]}/metrics").text
+    assert len(exporters()) == 1
+    (steadys,) = reward_targets(tmp_path / ".prometheus" / "beside.json")
+    assert 'salon_reward_ready{scorer="steady"} 1.0' in httpx.get(f"http://{steadys}/metrics").text
     controller.stop.remote()
     ended = ray.get(summary, timeout=60)
 
@@ -225,6 +241,23 @@ def test_a_scorer_that_cannot_be_deployed_leaves_nothing_behind_and_says_why(ser
         remove("broken")
     with pytest.raises(ConfigError, match="no scorer is deployed as 'broken'; there is slow, steady"):
         resolved(ScorerConfig(name="b", urls=("broken",)))
+
+
+def judged_by(*names: str) -> RunConfig:
+    """A run whose online scorer learns from a deployed judge."""
+    tree = config_of(Path("runs")).model_dump(mode="json")
+    scorer = {"name": "o", "serve": "distilled", "options": {"model": "clip"}}
+    online = {"name": "distilled", "scorer": "o", "judge": {"name": "j", "urls": names}}
+    return config_from_tree({**tree, "scorers": [scorer], "online": [online]})
+
+
+def test_the_judge_of_an_online_scorer_is_found_by_its_name(serve: dict[str, str]) -> None:
+    assert check_deployed(judged_by("steady")) == []
+    (problem,) = check_deployed(judged_by("broken"))
+    assert "online.0.judge.urls: no scorer is deployed as 'broken'; there is slow, steady" in str(problem)
+    judge = with_judge(judged_by("steady", "http://127.0.0.1:1").online[0]).judge_config
+    assert judge is not None
+    assert judge.urls == (serve["steady"], "http://127.0.0.1:1")
 
 
 def test_names_need_a_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

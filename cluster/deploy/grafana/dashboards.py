@@ -34,6 +34,14 @@ def _rate(series: str, labels: str, by: str) -> str:
     return f"sum by ({by}) (rate({series}{{{labels}}}{WINDOW}))"
 
 
+def _cache_hits() -> str:
+    """0 where a judge was asked and no answer was in the cache: a series that never grew does not exist."""
+    hits, asked = (
+        _rate(f"salon_judge_{name}_total", OF_SCORER, "scorer") for name in ("cache_hits", "questions")
+    )  # fmt: skip
+    return f"({hits} or 0 * {asked}) / {asked}"
+
+
 def _row(share: str, waiting: str, scale: str) -> Query:
     """A line of the bottleneck table: a share by run, and in words who waits and what would end it."""
     named = f'label_replace(sum by (run) ({share}), "waiting", "{waiting}", "", "")'
@@ -228,14 +236,44 @@ JURY = Board(
         Panel(
             "Cache hits",
             "Share of a judge's questions answered from its cache; scorers that ask no judge have no cache.",
+            (Query(_cache_hits(), "{{scorer}}"),),
+            unit="percentunit",
+        ),
+        Panel(
+            "Learning beside the run: versions and updates",
+            "The version in use of a scorer that learns online, and how many updates its trainer makes a learner step.",
             (
+                Query(f"salon_online_version{{{OF_SCORER}}}", "{{scorer}} version in use"),
                 Query(
-                    _rate("salon_judge_cache_hits_total", OF_SCORER, "scorer")
-                    + " / " + _rate("salon_judge_questions_total", OF_SCORER, "scorer"),
-                    "{{scorer}}",
+                    _rate("salon_online_updates_total", OF_SCORER, "run, scorer") + " / on (run) group_left sum by "
+                    f"(run) (deriv(salon_step{{{OF_RUN}}}{WINDOW}) > 0)",
+                    "{{scorer}} updates a step",
                 ),
             ),
-            unit="percentunit",
+            width=8,
+        ),
+        Panel(
+            "Learning beside the run: copies of groups",
+            "Copies a second that its trainer was offered, and those that were dropped because it is slower than the "
+            "run. Nothing waits for it.",
+            (
+                Query(_rate("salon_online_groups_offered_total", OF_SCORER, "scorer"), "{{scorer}} offered"),
+                Query(_rate("salon_online_groups_dropped_total", OF_SCORER, "scorer"), "{{scorer}} dropped"),
+            ),
+            width=8,
+        ),
+        Panel(
+            "Learning beside the run: how well",
+            "accuracy: of a discriminator; 0.5: it can no longer tell what is painted from the references. agreement, "
+            "coverage: of a distilled scorer with its judge. triggered_share: of groups on which a guarded scorer was "
+            "gamed, and learnt.",
+            (
+                Query(
+                    f'salon_online_metric{{{OF_SCORER}, name=~"accuracy|agreement|coverage|triggered_share"}}',
+                    "{{scorer}} {{name}}",
+                ),
+            ),
+            unit="percentunit", width=8,
         ),
     ),
 )  # fmt: skip
