@@ -23,7 +23,7 @@ from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
 from contracts.wire import GroupHeader, PromptSpec
 
-STEPS, GROUPS, UPDATE_S, QUEUE = 200, 4, 0.25, 16
+STEPS, GROUPS, UPDATE_S, QUEUE = 120, 4, 0.25, 16
 
 
 class OwnTime(asyncio.SelectorEventLoop):
@@ -39,11 +39,10 @@ class OwnTime(asyncio.SelectorEventLoop):
         return self.now
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        if self.threads:
+        if timeout is None or (self.threads and timeout > 0):
             return self.really_select(None)
         found = self.really_select(0)
         if not found:
-            assert timeout is not None, "everybody waits for ever"
             self.now += max(0.0, timeout)
         return found
 
