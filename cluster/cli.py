@@ -110,11 +110,11 @@ def validate(config: str, overrides: Sequence[str], offline: bool) -> None:
     """List every mismatch of CONFIG, or print the plan of the run. Nothing is started, no model is loaded."""
     loaded = _load(config, overrides)
     _refuse(_mismatches(loaded, live=not offline))
-    if not offline:
-        _refuse(_wrong_names(loaded))
     from cluster.plan import describe
-    from cluster.validate import warnings
+    from cluster.validate import join_and_check, warnings
 
+    if not offline:
+        _refuse(join_and_check(loaded))
     click.echo(describe(loaded, warnings(loaded)))
 
 
@@ -191,29 +191,6 @@ def _mismatches(config: RunConfig, live: bool = True) -> list[ConfigError]:
 
         errors = asyncio.run(check_scorers_live(config))
     return errors
-
-
-def _wrong_names(config: RunConfig) -> list[ConfigError]:
-    """What is wrong with scorers given by their deployment's name; joins their Ray cluster to ask."""
-    from cluster.checks.jury import reached
-
-    if not any(each.scorer.deployments for each in reached(config)):
-        return []
-    from cluster.driver import start_ray
-    from cluster.validate import check_deployed
-    from contracts.errors import ConfigError
-
-    try:
-        joined = start_ray(config)
-    except ConnectionError as error:
-        raise ConfigError("cluster.address", "no Ray cluster answers there", "start it, or mend the address") from error
-    import ray
-
-    try:
-        return check_deployed(config)
-    finally:
-        if joined:
-            ray.shutdown()
 
 
 def _refuse(errors: list[ConfigError]) -> None:

@@ -79,7 +79,10 @@ def start_ray(config: RunConfig) -> bool:
         "log_to_driver": bool(os.environ.get("SALON_DEBUG")), "logging_level": "WARNING",
     }  # fmt: skip
     if address:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ConfigError("cluster.address", f"no Ray cluster answers at {address}", "start it, or mend it") from error
         return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
     with _environment(worker_environment(config)):  # Ray's processes inherit it, and every process they start
         ray.init(

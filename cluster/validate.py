@@ -61,7 +61,7 @@ def check_cluster(config: RunConfig, resources: Mapping[str, float]) -> list[Con
 
 def check_deployed(config: RunConfig) -> list[ConfigError]:
     """The same of scorers and judges named by their deployment, in a process that has joined their Ray cluster."""
-    if not any(each.scorer.deployments for each in reached(config)):
+    if not _names_deployments(config):
         return []
     from cluster.deployed.names import resolved, with_judge
 
@@ -71,6 +71,29 @@ def check_deployed(config: RunConfig) -> list[ConfigError]:
     except ConfigError as error:
         return [error]
     return asyncio.run(ask_servers(config.model_copy(update={"scorers": scorers, "online": online})))
+
+
+def join_and_check(config: RunConfig) -> list[ConfigError]:
+    """`check_deployed` in a process of its own: joins the cluster that `check` has seen to be named, if need be."""
+    if not _names_deployments(config):
+        return []
+    from cluster.driver import start_ray
+
+    try:
+        joined = start_ray(config)
+    except ConfigError as error:
+        return [error]
+    import ray
+
+    try:
+        return check_deployed(config)
+    finally:
+        if joined:
+            ray.shutdown()
+
+
+def _names_deployments(config: RunConfig) -> bool:
+    return any(each.scorer.deployments for each in reached(config))
 
 
 async def check_scorers_live(config: RunConfig) -> list[ConfigError]:
