@@ -82,7 +82,9 @@ def start_ray(config: RunConfig) -> bool:
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
-            raise ConfigError("cluster.address", f"no Ray cluster answers at {address}", "start it, or mend it") from error
+            raise ConfigError(
+                "cluster.address", f"no Ray cluster answers at {address}", "start it, or mend it"
+            ) from error
         return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
     with _environment(worker_environment(config)):  # Ray's processes inherit it, and every process they start
         ray.init(
