@@ -105,9 +105,9 @@ class Trainer:
                 positions[index, part] = range(len(start), len(start) + len(tokens))
                 at = part.stop
                 ends.append((index, at - 1))
-        row_of, column_of = torch.tensor(ends).T
-        packed = (torch.from_numpy(each) for each in (ids, positions, branches))
-        return Packed(*packed, ends=(row_of, column_of))
+        at_row, at_column = torch.tensor(ends).T
+        made = [torch.from_numpy(each) for each in (ids, positions, branches)]
+        return Packed(ids=made[0], positions=made[1], branches=made[2], ends=(at_row, at_column))
 
     def hidden(self, features: torch.Tensor, packed: Packed) -> torch.Tensor:
         """[B, L, D] of packed texts about pictures with features [B, IMAGE_TOKENS, D]."""

@@ -1,7 +1,7 @@
 """Owns the shape of the playground's small judge: a vision-language model that answers yes or no about a caption.
 
 Idefics3: a model class that vLLM serves without remote code, on a CPU as well, whose image processor needs no
-torchvision, and that transformers builds at any size. Under a million parameters, 2 MB in fp16.
+torchvision, and that transformers builds at any size. 1.1 million parameters, 2.2 MB in fp16.
 Owns neither its training (`fit_vlm`) nor the question's wording (contracts.config.judges).
 """
 

@@ -173,14 +173,18 @@ class VllmServer:
             return ""
 
     def _child_env(self) -> dict[str, str]:
-        """Ours without what belongs to this process: its import path, its tokens, its thread limits for tests."""
+        """Ours without what belongs to this process: its import path and its tokens.
+
+        On a CPU nothing is compiled: --enforce-eager leaves small functions to torch.compile, which calls for g++ and
+        takes as long as the rest of the start.
+        """
         dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "SALON_REWARD_TOKEN", "SALON_JUDGE_TOKEN")
         env = {name: value for name, value in os.environ.items() if name not in dropped}
         env |= {"VLLM_API_KEY": self.token, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
         if Path(self.settings.model).is_dir():
             env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if self.settings.device == "cpu":
-            env["CUDA_VISIBLE_DEVICES"] = ""
+            env |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
         return env
 
     async def _until_healthy(self) -> None:

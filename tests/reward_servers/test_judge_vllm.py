@@ -112,7 +112,10 @@ def test_its_probabilities_are_the_models(judge_folder: Path, served: Served) ->
     images = pictures_of(len(CAPTIONS))
     table = served.score(images, CAPTIONS)
     spellings = {
-        word: [processor.tokenizer.encode(text, add_special_tokens=False) for text in (word, word.title(), f" {word}")]
+        word: [
+            processor.tokenizer.encode(text, add_special_tokens=False)
+            for text in (word, word.title(), f" {word}", f" {word.title()}", word.upper())
+        ]
         for word in ("yes", "no")
     }
     for image, caption, values in zip(images, CAPTIONS, table.values, strict=True):
