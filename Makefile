@@ -91,5 +91,5 @@ ops-tools: $(STAMP)  ## unpack Prometheus, promtool and the compose schema from 
 	@cluster/deploy/fetch_tools.sh
 
 clean:  ## remove the environment, runs and caches
-	rm -rf .venv runs build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .cache/vllm_cpu runs build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,6 +37,8 @@ from reward_servers.scorers.base import Meter, no_meter
 
 log = logging.getLogger(__name__)
 
+CPU_BUILD = Path(__file__).resolve().parents[2] / ".cache" / "vllm_cpu"
+"""Where reward_servers/vllm_cpu/install.sh puts vLLM."""
 _LEASH = Path(__file__).with_name("leash.py")
 _LOG_LINES = 25
 _CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32")
@@ -234,16 +236,20 @@ class VllmServer:
         raise ScoringError(f"vLLM {problem}" + (f":\n{tail}" if tail else ""))
 
     async def _end(self, grace_s: float = 10.0) -> None:
-        """SIGTERM to its whole process group (its engine is a process of its own), after grace_s SIGKILL."""
+        """SIGTERM to its whole process group (its engine is a process of its own), after grace_s SIGKILL.
+
+        Where the server itself has died, its engine has nobody left to answer and is killed at once.
+        """
         if self._process is None:
             return
         group = self._process.pid
-        _signal_group(group, signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), grace_s)
-        deadline = time.monotonic() + grace_s
-        while _signal_group(group, 0) and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        if self._alive():
+            _signal_group(group, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), grace_s)
+            deadline = time.monotonic() + grace_s
+            while _signal_group(group, 0) and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
         _signal_group(group, signal.SIGKILL)
         await self._process.wait()
 
@@ -264,11 +270,14 @@ def _free_port() -> int:
 
 
 def find_python(device: str, given: str | None) -> str:
-    """The interpreter to start vLLM with: the one given, SALON_VLLM_PYTHON's, the CPU build's environment, or ours."""
-    own = Path(__file__).resolve().parents[2] / ".cache" / "vllm_cpu" / "bin" / "python"
+    """The interpreter to start vLLM with: the one given, SALON_VLLM_PYTHON's, the CPU build's environment, or ours.
+
+    That environment counts once its installation is complete.
+    """
     if chosen := given or os.environ.get("SALON_VLLM_PYTHON"):
         return chosen
-    return str(own) if device == "cpu" and own.exists() else sys.executable
+    complete = device == "cpu" and (CPU_BUILD / ".salon-lock").exists()
+    return str(CPU_BUILD / "bin" / "python") if complete else sys.executable
 
 
 def find_device() -> Literal["cuda", "cpu"]:

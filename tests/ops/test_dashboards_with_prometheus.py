@@ -174,9 +174,9 @@ def test_a_healthy_run_raises_no_alert(watched: Prometheus) -> None:
 
 
 def test_a_run_counts_all_its_slots(watched: Prometheus) -> None:
-    """One actor, one rank and three reward servers on a machine without a GPU: five CPU slots (law 8)."""
+    """An actor, a rank, three reward servers and a trainer on a machine without a GPU: six CPU slots (law 8)."""
     ((_, values),) = watched.values("run:salon_accelerators:sum")
-    assert set(values) == {5.0}
+    assert set(values) == {6.0}
 
 
 def test_a_scorer_has_one_name_in_the_series_of_its_server_and_of_the_run(watched: Prometheus) -> None:

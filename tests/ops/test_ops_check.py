@@ -57,7 +57,8 @@ def test_the_dashboards_have_the_panels_they_are_for() -> None:
         ("Salon: Run", ("held-out", "KL", "Clip fraction", "Effective sample size")),
         ("Salon: Throughput", ("per GPU, all GPUs", "Learner: share", "Actors: share", "capacity", "Staleness",
                                "Weight sync", "Bottleneck")),
-        ("Salon: Jury", ("Latency", "Outcomes", "Queue", "Batch size", "Replicas", "Cache hits")),
+        ("Salon: Jury", ("Latency", "Outcomes", "Queue", "Batch size", "Replicas", "Cache hits", "versions and updates",
+                         "copies of groups", "how well")),
     ):  # fmt: skip
         for word in words:
             assert any(word in panel for panel in titles[title]), (title, word)

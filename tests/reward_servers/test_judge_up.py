@@ -24,6 +24,7 @@ from reward_helpers import read_table, score_body
 from contracts.config.judges import JudgeOptions
 from contracts.errors import ConfigError, ScoringError
 from contracts.scores import ScoreTable
+from reward_servers.judging import vllm as vllm_module
 from reward_servers.judging.judge import Judge
 from reward_servers.judging.protocols.yes_no import YesNo
 from reward_servers.judging.question import Picture
@@ -85,6 +86,21 @@ def test_the_scorer_must_ask_a_judge_and_leave_its_address_to_us() -> None:
         judge_scorer("vqascore", ["model=x"], fixed)
     with pytest.raises(ConfigError):
         judge_scorer("colourfulness", [], fixed)
+
+
+def test_the_cpu_build_is_used_once_it_is_installed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SALON_VLLM_PYTHON", raising=False)
+    monkeypatch.setattr(vllm_module, "CPU_BUILD", tmp_path)
+    (tmp_path / "bin").mkdir()
+    own = tmp_path / "bin" / "python"
+    own.touch()
+    assert vllm_module.find_python("cpu", None) == sys.executable, "a fetch that broke off left it"
+    (tmp_path / ".salon-lock").touch()
+    assert vllm_module.find_python("cpu", None) == str(own)
+    assert vllm_module.find_python("cuda", None) == sys.executable
+    monkeypatch.setenv("SALON_VLLM_PYTHON", "/elsewhere/python")
+    assert vllm_module.find_python("cpu", None) == "/elsewhere/python"
+    assert vllm_module.find_python("cpu", "given") == "given"
 
 
 @pytest.fixture

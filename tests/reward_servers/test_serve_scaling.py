@@ -26,7 +26,7 @@ from cluster.deployed.deployments import Deployment, deploy, listing, remove
 from cluster.deployed.names import resolved, with_judge
 from cluster.deployed.scaling import ByImagesHeld, Scaling
 from cluster.deployed.seen import ReplicaAddresses
-from cluster.validate import check_deployed
+from cluster.validate import check_deployed, join_and_check
 from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
 from contracts.config.scoring import ScorerConfig
@@ -253,7 +253,7 @@ def judged_by(*names: str) -> RunConfig:
 
 def test_the_judge_of_an_online_scorer_is_found_by_its_name(serve: dict[str, str]) -> None:
     assert check_deployed(judged_by("steady")) == []
-    (problem,) = check_deployed(judged_by("broken"))
+    (problem,) = join_and_check(judged_by("broken"))
     assert "online.0.judge.urls: no scorer is deployed as 'broken'; there is slow, steady" in str(problem)
     judge = with_judge(judged_by("steady", "http://127.0.0.1:1").online[0]).judge_config
     assert judge is not None
