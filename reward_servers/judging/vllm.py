@@ -236,20 +236,16 @@ class VllmServer:
         raise ScoringError(f"vLLM {problem}" + (f":\n{tail}" if tail else ""))
 
     async def _end(self, grace_s: float = 10.0) -> None:
-        """SIGTERM to its whole process group (its engine is a process of its own), after grace_s SIGKILL.
-
-        Where the server itself has died, its engine has nobody left to answer and is killed at once.
-        """
+        """SIGTERM to its whole process group (its engine is a process of its own), after grace_s SIGKILL."""
         if self._process is None:
             return
         group = self._process.pid
-        if self._alive():
-            _signal_group(group, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), grace_s)
-            deadline = time.monotonic() + grace_s
-            while _signal_group(group, 0) and time.monotonic() < deadline:
-                await asyncio.sleep(0.05)
+        _signal_group(group, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), grace_s)
+        deadline = time.monotonic() + grace_s
+        while _signal_group(group, 0) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
         _signal_group(group, signal.SIGKILL)
         await self._process.wait()
 
