@@ -58,6 +58,10 @@ def compared_with_base(accuracy: float) -> dict[str, float]:
     return {"after_many": accuracy, "gain_many": round(100 * (accuracy - card["test_strict"]["all"]), 1)}
 
 
+def spread(gains: list[float]) -> str:
+    return f"median {statistics.median(gains):.1f}, lowest {min(gains):.1f}"
+
+
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The table and the two figures the demo is held to."""
     gains, closer = [row["held_out_gain_points"] for row in rows], [row["gain_many"] for row in rows]
@@ -69,8 +73,8 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
         "that neither pretraining nor RL saw; settings were tuned on the validation split. *Before* is the base at its",
         "own best steps, shift and guidance.",
         "",
-        f"Gain in points, {len(gains)} seeds: median {statistics.median(gains):.1f}, lowest {min(gains):.1f} on the demo's",
-        f"own prompts; median {statistics.median(closer):.1f}, lowest {min(closer):.1f} on {MANY}, the better estimate.",
+        f"Gain in points, {len(gains)} seeds: {spread(gains)} on the demo's own prompts;",
+        f"{spread(closer)} on {MANY}, which is the better estimate.",
         "",
         "| " + " | ".join(title for title, _ in COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
