@@ -154,6 +154,7 @@ class Controller:
         for group_id in waiting:
             await self.scoring.submit(group_id, str(ledger.row(group_id).vault))
         await self.finder.find(self.context, self._handles(), scorers)
+        await self.online.export(self.context)  # from 0 on: a counter that appears with its first gain hides it
         telemetry.event("started", seconds=time.monotonic() - self.began, processes=self._processes())
         self.watchdog = self._start_watchdog(folder)
 
