@@ -34,6 +34,7 @@ from cluster.migrate import RUN_FORMAT, check_format, migrate
 from cluster.prompts_digest import prompts_digest
 from cluster.refs import value
 from cluster.run_folder import RunFolder, location_of
+from cluster.vault_files import GROUP_FILE
 from contracts.config import RunConfig, load_config, to_yaml
 from contracts.config.rollout import EvalSampling
 from contracts.errors import ConfigError, ConfigErrors, LedgerError
@@ -286,8 +287,8 @@ def restore(folder: RunFolder, checkpoint: Checkpoint, vault_count: int) -> None
     for index in range(vault_count):
         vault = folder.vault(index)
         for source in sorted(checkpoint.groups.glob("*.safetensors")):
-            of_this = source.name.startswith("embedding-") or int(source.name.split("-")[1]) % vault_count == index
-            if of_this and not (vault / source.name).exists():
+            group = GROUP_FILE.match(source.name)  # an embedding otherwise, which every vault has
+            if (group is None or int(group[1]) % vault_count == index) and not (vault / source.name).exists():
                 shutil.copyfile(source, vault / f"{source.name}.tmp")
                 (vault / f"{source.name}.tmp").rename(vault / source.name)
 

@@ -64,8 +64,7 @@ class CheckpointKeeper:
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
         self._error: BaseException | None = None
-        for leftover in self._folder.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._sweep()
 
     @property
     def step(self) -> int:
@@ -90,6 +89,7 @@ class CheckpointKeeper:
         context, start = self._context, time.monotonic()
         self._begun_step, self._begun_at, self._scored_step = context.step, start, context.scored_step
         self._error = None
+        self._sweep()
         name = f".{layout.folder_name(context.step)}.{uuid.uuid4().hex[:8]}.unfinished"
         state = self._state()
         await self._group.begin_save(self._folder / name)
@@ -120,6 +120,11 @@ class CheckpointKeeper:
         if self._task is not None and self.under_way:
             self._task.cancel()
         self._begun_step = self.step
+
+    def _sweep(self) -> None:
+        """Remove unfinished checkpoints of earlier, into which a dying rank may have written after their removal."""
+        for leftover in self._folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _state(self) -> RunState:
         context = self._context

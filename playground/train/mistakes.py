@@ -20,6 +20,7 @@ _SHAPES = (("circle", "square"), ("triangle", "cross"))
 
 TWINS = {one: other for pair in (*_COLOURS, *_SHAPES) for one, other in (pair, pair[::-1])}
 """What a colour or a shape is taken for."""
+_MISCOUNTED = {2: 3, 3: 2}
 
 
 def careless(spec: Spec, rate: float, rng: np.random.Generator) -> Spec:
@@ -30,7 +31,7 @@ def careless(spec: Spec, rate: float, rng: np.random.Generator) -> Spec:
     wrong = rng.random(6) < rate
     objects = tuple(_mistaken(thing, *wrong[2 * i : 2 * i + 2]) for i, thing in enumerate(spec.objects))
     relation = OPPOSITE[spec.relation] if spec.relation and wrong[4] else spec.relation
-    count = 5 - spec.count if spec.count > 1 and wrong[5] else spec.count
+    count = _MISCOUNTED.get(spec.count, spec.count) if wrong[5] else spec.count
     try:
         written = replace(spec, kind=kind_of(objects, relation, count), objects=objects, relation=relation, count=count)
     except ValueError:

@@ -101,9 +101,10 @@ class OneFileLearner:
     async def finish_save(self, step: int) -> FileDigests:
         if self.gate is not None:
             await self.gate.wait()
-        if self.fail is not None:
-            raise self.fail
         assert self.pending is not None
+        if self.fail is not None:
+            self.pending.abandon()  # a rank that is lost, or failed, writes no more
+            raise self.fail
         return self.pending.finish()
 
 

@@ -208,6 +208,8 @@ def test_a_rank_lost_meanwhile_is_told_to_who_waits_and_given_up_otherwise(run: 
         run.learner.fail, run.learner.gate = None, asyncio.Event()
         await run.keeper.begin()
         await asyncio.sleep(0.01)
+        assert run.learner.pending is not None
+        await asyncio.to_thread(run.learner.pending.finish)  # a lost rank writes no more
         run.keeper.drop()
         async with asyncio.timeout(60):
             while list(run.folder.checkpoints.iterdir()):
@@ -216,6 +218,15 @@ def test_a_rank_lost_meanwhile_is_told_to_who_waits_and_given_up_otherwise(run: 
     asyncio.run(dropped())
     assert run.keeper.newest is None
     assert not run.context.stopping
+
+
+def test_what_a_dying_rank_wrote_after_its_checkpoint_was_dropped_goes_with_the_next(run: SmallRun) -> None:
+    late = run.folder.checkpoints / ".step-000001.0badcafe.unfinished"
+    late.mkdir()
+    (late / "param.safetensors").write_bytes(b"late")
+    run.steps(2)
+    save(run)
+    assert [path.name for path in run.folder.checkpoints.iterdir()] == ["step-000002"]
 
 
 # ---- which stay

@@ -110,8 +110,8 @@ def test_every_node_of_a_ray_cluster_is_asked(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setenv("PYTHONPATH", str(repo_root))
     ours = not ray.is_initialized()
-    if ours:
-        ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    if ours:  # "local": one of its own, also beside a cluster that another test started
+        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
 
         @ray.remote(num_cpus=0, max_concurrency=2)
