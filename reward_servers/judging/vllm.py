@@ -1,8 +1,9 @@
 """A vLLM server as a child: started, waited for, asked a canary, watched, restarted when it dies or hangs, ended.
 
 Invariant: `start` returns only when /health answers and a canary question came back with log-probs; after `stop`, or
-the death of this process, no vLLM process is left. The child runs in an environment of its own (vLLM pins another
-torch than the learner's), so it is started by its interpreter and nothing of it is imported.
+the death of this process, no vLLM process is left, nor the shared memory of one that was killed. The child runs in an
+environment of its own (vLLM pins another torch than the learner's), so it is started by its interpreter and nothing of
+it is imported.
 It listens on loopback alone: vLLM's API key covers only its /v1 routes.
 Does not own: the scorer in front of it (up), its installation (reward_servers/vllm_cpu).
 """
@@ -30,6 +31,7 @@ import numpy as np
 from contracts.config.judges import JudgeOptions
 from contracts.errors import ConfigError, ScoringError
 from reward_servers.client.endpoint import AttemptFailed
+from reward_servers.judging import shared_memory
 from reward_servers.judging.judge import Judge
 from reward_servers.judging.protocols.yes_no import YesNo
 from reward_servers.judging.question import Picture, Undecided
@@ -77,6 +79,8 @@ class VllmServer:
                 "name that of an environment with vLLM: docs/judges.md",
             )
         self.settings, self.meter, self.restarts = settings, meter, 0
+        self.ready = False
+        """Whether this life has answered its canary and has not been ended."""
         self.token = secrets.token_urlsafe(24)
         self._port = settings.port or _free_port()
         self.url = f"http://127.0.0.1:{self._port}"
@@ -84,6 +88,7 @@ class VllmServer:
         self._log_path: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._segments: set[Path] = set()  # seen while it lived: of one that was killed they cannot be told any more
 
     @property
     def pid(self) -> int:
@@ -114,6 +119,8 @@ class VllmServer:
             async with asyncio.timeout(self.settings.startup_s):
                 await self._until_healthy()
                 await self._canary()
+                await self._note_segments()
+                self.ready = True
         except TimeoutError:
             await self._give_up(f"was not ready within {self.settings.startup_s:g} s")
         except AttemptFailed as error:
@@ -223,9 +230,13 @@ class VllmServer:
                     if ended.done():
                         return f"ended with status {ended.result()}"
                     failed = 0 if await self._healthy(http) else failed + 1
+                    await self._note_segments()
         finally:
             ended.cancel()
         return f"did not answer {failed} health checks"
+
+    async def _note_segments(self) -> None:
+        self._segments |= await asyncio.to_thread(shared_memory.segments_of, self.pid)
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
@@ -237,6 +248,7 @@ class VllmServer:
 
     async def _end(self, grace_s: float = 10.0) -> None:
         """SIGTERM to its whole process group (its engine is a process of its own), after grace_s SIGKILL."""
+        self.ready = False
         if self._process is None:
             return
         group = self._process.pid
@@ -248,6 +260,8 @@ class VllmServer:
             await asyncio.sleep(0.05)
         _signal_group(group, signal.SIGKILL)
         await self._process.wait()
+        shared_memory.remove(self._segments)
+        self._segments.clear()
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import uvicorn
@@ -50,4 +51,5 @@ if __name__ == "__main__":
         sys.exit("no such architecture")
     if given.never_ready:
         time.sleep(600)
+    segment = SharedMemory(create=True, size=4096)  # as its engine has one; stays when the whole group is killed
     uvicorn.run(make_app(given.served_model_name), host=given.host, port=given.port, log_level="warning")

@@ -28,6 +28,7 @@ from reward_servers.judging import vllm as vllm_module
 from reward_servers.judging.judge import Judge
 from reward_servers.judging.protocols.yes_no import YesNo
 from reward_servers.judging.question import Picture
+from reward_servers.judging.shared_memory import segments_of
 from reward_servers.judging.up import judge_scorer
 from reward_servers.judging.vllm import VllmServer, VllmSettings
 
@@ -55,7 +56,7 @@ def test_a_server_that_dies_or_hangs_is_restarted_at_its_url_and_none_is_left_be
             for harm in (signal.SIGKILL, signal.SIGSTOP):
                 os.kill(server.pid, harm)
                 async with asyncio.timeout(240):
-                    while server.pid == pids[-1]:
+                    while server.pid == pids[-1] or not server.ready:
                         await asyncio.sleep(0.05)
                 pids.append(server.pid)
                 assert await p_yes(server) == pytest.approx(0.8)
@@ -64,6 +65,27 @@ def test_a_server_that_dies_or_hangs_is_restarted_at_its_url_and_none_is_left_be
 
     pids = asyncio.run(go())
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_shared_memory_of_a_killed_server_does_not_pile_up(tmp_path: Path) -> None:
+    async def go() -> list[set[Path]]:
+        async with VllmServer(settings_for(tmp_path)) as server:
+            had = [segments_of(server.pid)]
+            first = server.pid
+            os.killpg(first, signal.SIGKILL)  # what would clean up dies as well
+            async with asyncio.timeout(240):
+                while server.pid == first or not server.ready:
+                    await asyncio.sleep(0.05)
+            assert not any(path.exists() for path in had[0])
+            had.append(segments_of(server.pid))
+            assert all(path.exists() for path in had[1])
+            return had
+
+    first, second = asyncio.run(go())
+    assert first
+    assert second
+    assert not any(path.exists() for path in first | second)
 
 
 def test_a_server_that_does_not_start_is_told_with_its_log(tmp_path: Path) -> None:
