@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from contracts.config import RunConfig
+from contracts.config.judges import JUDGE_SCORER_OPTIONS
 from contracts.config.scoring import ScorerConfig
 from contracts.wire import Source
 
@@ -37,17 +38,35 @@ class Accelerators:
 def count_accelerators(config: RunConfig, source: Source = Source.ACTORS) -> Accelerators:
     """All GPUs of a run: actors, learner and reward servers, those reached by URL and online trainers included.
 
-    A replica behind a URL counts as one whole GPU unless `gpus` says otherwise: what scores for the run is part of its
-    cost, whoever started it. Without any GPU each process that works (actor, rank, reward server) is one CPU slot.
+    A replica behind a URL counts as one whole GPU unless `gpus` says otherwise, and so does a judge that a scorer asks:
+    what scores for the run is part of its cost, whoever started it. Without any GPU each process that works (actor,
+    rank, reward server, judge) is one CPU slot.
     """
     painting = config.rollout.actors if source is not Source.LEARNER else 0
     gpus_painting, gpus_learning = painting * config.rollout.gpus_per_actor, _gpus_learning(config)
+    jurors, judges = _jurors(config), _gpus_by_judge(config)
     if gpus_painting + gpus_learning == 0:
-        servers = sum(_replicas(scorer) for scorer in config.scorers) + len(config.online)
+        servers = sum(map(_replicas, jurors)) + len(config.online) + len(judges)
         return Accelerators(painting, config.learner.ranks, servers, "cpu slot")
-    scoring = sum(_replicas(scorer) * gpus_a_replica(scorer) for scorer in config.scorers)
-    scoring += sum(each.gpus for each in config.online)
+    scoring = sum(_replicas(scorer) * gpus_a_replica(scorer) for scorer in jurors)
+    scoring += sum(each.gpus for each in config.online) + sum(judges.values())
     return Accelerators(gpus_painting, gpus_learning, scoring, "gpu")
+
+
+def _jurors(config: RunConfig) -> list[ScorerConfig]:
+    """The run's scorers, and those that online trainers learn from."""
+    return [*config.scorers, *(each.judge_config for each in config.online if each.judge_config is not None)]
+
+
+def _gpus_by_judge(config: RunConfig) -> dict[str, float]:
+    """By URL: two scorers that ask the same judge do not make two of it."""
+    found: dict[str, float] = {}
+    for scorer in _jurors(config):
+        section = JUDGE_SCORER_OPTIONS.get(scorer.serve or "")
+        if section is not None:
+            options = section.model_validate(scorer.options)
+            found |= {url: max(options.gpus, found.get(url, 0.0)) for url in options.urls}
+    return found
 
 
 def _gpus_learning(config: RunConfig) -> float:

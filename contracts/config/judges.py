@@ -41,6 +41,9 @@ class JudgeOptions(Section):
     )
     dollars_per_million_read: float = Field(default=0.0, ge=0, description="price of prompt tokens")
     dollars_per_million_written: float = Field(default=0.0, ge=0, description="price of completion tokens")
+    gpus: float = Field(
+        default=1.0, ge=0, description="GPUs one of `urls` occupies; counted in throughput (0: another's, or none)"
+    )
     token_env: str = Field(default="SALON_JUDGE_TOKEN", description="environment variable with the judge's API key")
 
     @field_validator("urls")
@@ -149,7 +152,7 @@ class ListwiseOptions(JudgeOptions):
     max_tokens: int = Field(default=2048, gt=0, description="longest answer")
 
 
-JUDGE_SCORER_OPTIONS: dict[str, type[Section]] = {
+JUDGE_SCORER_OPTIONS: dict[str, type[JudgeOptions]] = {
     "vqascore": VqaScoreOptions,
     "judge_scale": ScaleOptions,
     "unified_reward": UnifiedRewardOptions,

@@ -41,6 +41,17 @@ def test_without_a_gpu_every_working_process_is_a_slot() -> None:
     assert count_accelerators(config, Source.LEARNER).total == 2 + 3, "actors that do not paint are no slots"
 
 
+def test_a_judge_that_scorers_ask_counts_once() -> None:
+    asking = {"urls": ["http://vllm-1", "http://vllm-2"], "model": "judge"}
+    scorers = [
+        {"name": "vqa", "serve": "vqascore", "options": asking},
+        {"name": "grade", "serve": "judge_scale", "options": {**asking, "urls": ["http://vllm-2"], "gpus": 4}},
+    ]
+    on_gpus = run_config(scorers, rollout={"actors": 1, "gpus_per_actor": 1}, learner={"gpus_per_rank": 1})
+    assert count_accelerators(on_gpus).reward_servers == 1 + 4
+    assert count_accelerators(run_config(scorers)).reward_servers == 2 + 2, "two servers and two judges"
+
+
 @given(
     steps=st.lists(st.tuples(st.floats(0.1, 30.0), st.integers(1, 5000)), min_size=1, max_size=30),
     gpus=st.integers(1, 64),
