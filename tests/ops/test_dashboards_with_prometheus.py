@@ -174,9 +174,9 @@ def test_a_healthy_run_raises_no_alert(watched: Prometheus) -> None:
 
 
 def test_a_run_counts_all_its_slots(watched: Prometheus) -> None:
-    """An actor, a rank, three reward servers and a trainer on a machine without a GPU: six CPU slots (law 8)."""
+    """An actor, a rank, three reward servers, a trainer and a judge on a machine without a GPU: seven slots (law 8)."""
     ((_, values),) = watched.values("run:salon_accelerators:sum")
-    assert set(values) == {6.0}
+    assert set(values) == {7.0}
 
 
 def test_a_scorer_has_one_name_in_the_series_of_its_server_and_of_the_run(watched: Prometheus) -> None:
