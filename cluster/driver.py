@@ -117,8 +117,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     In a submitted job Ray itself puts the uploaded working directory on the import path, on every node its own.
     """
     threads = str(max(config.rollout.threads, config.learner.threads))
-    judges = [each.judge_config for each in config.online if each.judge_config is not None]
-    tokens = {scorer.token_env for scorer in (*config.scorers, *judges)}
+    tokens = {scorer.token_env for scorer in config.jurors}
     kept = {name: os.environ[name] for name in tokens if name in os.environ}
     path = {} if in_job() else {"PYTHONPATH": import_path()}
     stacks = {"SALON_STACKS": f"{config.runs_dir}/{config.name}/stacks"} if "://" not in config.runs_dir else {}

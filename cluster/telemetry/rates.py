@@ -44,24 +44,19 @@ def count_accelerators(config: RunConfig, source: Source = Source.ACTORS) -> Acc
     """
     painting = config.rollout.actors if source is not Source.LEARNER else 0
     gpus_painting, gpus_learning = painting * config.rollout.gpus_per_actor, _gpus_learning(config)
-    jurors, judges = _jurors(config), _gpus_by_judge(config)
+    judges = _gpus_by_judge(config)
     if gpus_painting + gpus_learning == 0:
-        servers = sum(map(_replicas, jurors)) + len(config.online) + len(judges)
+        servers = sum(map(_replicas, config.jurors)) + len(config.online) + len(judges)
         return Accelerators(painting, config.learner.ranks, servers, "cpu slot")
-    scoring = sum(_replicas(scorer) * gpus_a_replica(scorer) for scorer in jurors)
+    scoring = sum(_replicas(scorer) * gpus_a_replica(scorer) for scorer in config.jurors)
     scoring += sum(each.gpus for each in config.online) + sum(judges.values())
     return Accelerators(gpus_painting, gpus_learning, scoring, "gpu")
-
-
-def _jurors(config: RunConfig) -> list[ScorerConfig]:
-    """The run's scorers, and those that online trainers learn from."""
-    return [*config.scorers, *(each.judge_config for each in config.online if each.judge_config is not None)]
 
 
 def _gpus_by_judge(config: RunConfig) -> dict[str, float]:
     """By URL: two scorers that ask the same judge do not make two of it."""
     found: dict[str, float] = {}
-    for scorer in _jurors(config):
+    for scorer in config.jurors:
         section = JUDGE_SCORER_OPTIONS.get(scorer.serve or "")
         if section is not None:
             options = section.model_validate(scorer.options)

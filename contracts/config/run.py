@@ -90,6 +90,12 @@ class RunConfig(Section):
     def learner_micro_batch(self) -> int:
         return self.learner.micro_batch or self.rollout.micro_batch
 
+    @property
+    def jurors(self) -> tuple[ScorerConfig, ...]:
+        """The scorers of the run, and those that online trainers learn from."""
+        judges = (each.judge_config for each in self.online)
+        return (*self.scorers, *(judge for judge in judges if judge is not None))
+
     @model_validator(mode="after")
     def _names_are_unique(self) -> RunConfig:
         names = [scorer.name for scorer in self.scorers]
