@@ -55,6 +55,11 @@ CREATE INDEX IF NOT EXISTS live_state ON groups (state, group_id) WHERE live = 1
 CREATE INDEX IF NOT EXISTS stored_bytes ON groups (step) WHERE stored = 1;
 CREATE INDEX IF NOT EXISTS by_step ON groups (step) WHERE step IS NOT NULL;
 """
+# A file's first entries. With OR IGNORE: an existing ledger keeps what it says.
+_META = f"""
+INSERT OR IGNORE INTO meta VALUES
+    ('format', {FORMAT}), ('trained_steps', 0), ('published', 0), ('max_staleness_seen', NULL), ('refused', 0);
+"""
 
 
 def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
@@ -68,7 +73,8 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        db.executescript(_TABLES)
+        # All of it or nothing: neither a kill half-way nor a reader beside it may find a ledger that lacks an entry.
+        db.executescript(f"BEGIN IMMEDIATE;{_TABLES}{_META}COMMIT;")
         _check_format(db, path)
     except sqlite3.DatabaseError as error:
         os.close(lock)
@@ -106,9 +112,6 @@ def _take_lock(path: Path) -> int:
 def _check_format(db: sqlite3.Connection, path: Path) -> None:
     row = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
     if row is None:
-        db.executemany(
-            "INSERT INTO meta VALUES (?, ?)",
-            [("format", FORMAT), ("trained_steps", 0), ("published", 0), ("max_staleness_seen", None), ("refused", 0)],
-        )
-    elif row[0] != FORMAT:
+        raise LedgerError(f"{path} is not a readable ledger: it states no format")
+    if row[0] != FORMAT:
         raise LedgerError(f"{path} has format {row[0]}, this version of Salon reads format {FORMAT}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
-from cluster.ledger import Ledger, schema
+from cluster.ledger import Ledger, LedgerReader, schema
 from cluster.ledger.clock import SteadyClock
 from contracts.errors import LedgerError, StaleLease
 from contracts.wire import GroupState, PaintReceipt, PromptSpec
@@ -105,6 +108,32 @@ def test_a_failed_transition_leaves_no_trace(tmp_path: Path) -> None:
     assert (ledger.journal(), ledger.rows()) == before
     assert ledger.lease_generating("actor", 1.0) is not None
     ledger.close()
+
+
+def books_as_soon_as_there_are_any(path: Path) -> bool:
+    """Whether the first books that a reader gets to see are whole; looks from before the ledger is made."""
+    while True:
+        with suppress(LedgerError), closing(LedgerReader(path)) as reader:
+            return reader.books().balanced
+
+
+def test_a_reader_never_sees_a_ledger_that_is_half_made(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as beside:
+        for number in range(50):
+            path = tmp_path / f"{number}.sqlite"
+            looks = beside.submit(books_as_soon_as_there_are_any, path)
+            Ledger(path).close()
+            assert looks.result(30)
+
+
+def test_what_a_kill_left_of_a_new_ledger_is_completed(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript("CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;")
+    with pytest.raises(LedgerError, match="no format"):
+        LedgerReader(path)
+    with closing(Ledger(path)) as ledger:
+        assert ledger.books().balanced
 
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
