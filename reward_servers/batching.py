@@ -75,8 +75,8 @@ class Batcher:
 
     @property
     def depth(self) -> int:
-        """Images waiting."""
-        return sum(len(work.batch) for work in self._queue)
+        """Images waiting that somebody still waits for."""
+        return sum(len(work.batch) for work in self._queue if not work.result.done())
 
     @property
     def held(self) -> int:
@@ -98,6 +98,7 @@ class Batcher:
 
     def submit(self, batches: Sequence[ScoreBatch], deadline: float) -> list[asyncio.Future[ScoreTable]]:
         """One future a batch, all accepted or none. Raises QueueFull. Cancel a future to take the work back."""
+        self._drop_abandoned()  # before counting: callers who hang up during a long call must not fill the queue
         if self.depth + sum(map(len, batches)) > self.capacity:
             raise QueueFull(self.retry_after_s())
         loop = asyncio.get_running_loop()
