@@ -145,6 +145,11 @@ def local_cpus(config: RunConfig) -> int:
 
 def _ensure_token() -> None:
     """Token authentication for the local Ray, with a token of this run alone unless the user has set one."""
+    if "RAY_AUTH_MODE" not in os.environ and "ray" in sys.modules:
+        raise ConfigError(
+            "RAY_AUTH_MODE", "Ray was imported before it was set, so this process would start a Ray it cannot talk to",
+            "set it to 'token', and RAY_AUTH_TOKEN, before importing ray; or ray.init() first",
+        )  # fmt: skip
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and not (
         os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")

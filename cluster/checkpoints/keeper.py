@@ -22,8 +22,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray.exceptions import RayTaskError
-
 from cluster.checkpoints import layout
 from cluster.checkpoints.assembly import assemble
 from cluster.checkpoints.layout import Checkpoint, RunState
@@ -153,6 +151,8 @@ class CheckpointKeeper:
 
     async def _write(self, folder: Path, state: RunState) -> None:
         """Everything up to the rename. Cancelled before that, it leaves nothing that counts."""
+        from ray.exceptions import RayTaskError  # not above: `resume` reads folders before Ray may be imported
+
         context, loop = self._context, asyncio.get_running_loop()
         of_learner = await self._group.finish_save(state.step)
         folder.mkdir(parents=True, exist_ok=True)  # there already, unless rank 0 is on another machine

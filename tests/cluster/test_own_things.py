@@ -110,7 +110,8 @@ class Desk:
 
     def __init__(self, folder: Path, repo_root: Path) -> None:
         self.folder = folder
-        self.env = {**os.environ, "PYTHONPATH": str(repo_root), "HF_HUB_OFFLINE": "1"}
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # a user's shell
+        self.env = {**plain, "PYTHONPATH": str(repo_root), "HF_HUB_OFFLINE": "1"}
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "cluster", *words]
@@ -236,7 +237,7 @@ def test_the_exports_load_in_diffusers(desk: Desk, pipeline: Path, adapter: Path
     assert loaded.get_active_adapters()
 
 
-def test_a_warm_start_on_an_own_model_ends_politely_on_sigterm(desk: Desk, pipeline: Path, adapter: Path) -> None:
+def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pipeline: Path, adapter: Path) -> None:
     process = desk.start(
         "train", "config.yaml", "name=warm", f"model.path={pipeline}", f"model.warm_start={adapter}",
         "model.tuning=lora", "model.lora.rank=4", "model.lora.alpha=8", "learner.optimizer.lr=1e-9",
@@ -262,6 +263,10 @@ def test_a_warm_start_on_an_own_model_ends_politely_on_sigterm(desk: Desk, pipel
     assert max(np.abs(array).max() for name, array in before.items() if "lora_B" in name) > 1e-3, "B starts at 0"
     left = {text.split()[0] for text in desk.prompts("warm")}
     assert left == {"cat", "dog"}
+
+    resumed = desk.type("resume", "runs/warm", f"stop.steps={summary['steps'] + 1}")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert (desk.summary("warm")["outcome"], desk.summary("warm")["steps"]) == ("finished", summary["steps"] + 1)
 
 
 MISTAKES = {
