@@ -108,3 +108,16 @@ def test_help_and_methods_import_nothing_heavy(repo_root: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=repo_root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_runs_before_ray_is_started_does_not_import_it(repo_root: Path) -> None:
+    """Ray reads its authentication mode when it is imported; start_ray sets it."""
+    probe = (
+        "import sys, cluster.driver, cluster.lock, cluster.resume, cluster.validate\n"
+        "from contracts.config import load_config\n"
+        "config = load_config('configs/demo.yaml', [])\n"
+        "assert cluster.validate.check(config) == []\n"
+        "print('ray' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=repo_root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "False"
