@@ -1,7 +1,8 @@
 """The critic of PPO: the value of a denoising state (x_t, t, prompt), in one module and one engine with the policy.
 
-Two forms. `shared`: a small head on the policy's pooled hidden states of the conditional rows and an embedding of the
-noise level, computed in the policy's own forward; unless `trunk_gradient`, the value loss does not reach the trunk.
+Two forms. `shared`: a small head on the policy's pooled hidden states of the conditional rows, an embedding of the noise
+level and the pooled prompt embedding, computed in the policy's own forward; unless `trunk_gradient`, the value loss does
+not reach the trunk.
 `separate`: a small convolutional network of its own on (x_t, s, pooled prompt embedding).
 
 Every call goes through `PolicyWithCritic.forward`, hence through the engine's wrapper, so that partitioned weights
@@ -38,18 +39,23 @@ def level_embedding(s: Tensor) -> Tensor:
 
 
 class SharedHead(nn.Module):
-    """Value from pooled hidden states [N,F] and levels s [N]. The last layer starts at zero: V = 0 at first."""
+    """Value from pooled hidden states [N,F], levels s [N] and pooled prompt embeddings [N,Dp].
 
-    def __init__(self, feature_dim: int) -> None:
+    The prompt is given once more, as the mean over an image's tokens keeps little of it. The last layer starts at zero:
+    V = 0 at first.
+    """
+
+    def __init__(self, feature_dim: int, pooled_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(feature_dim)
-        self.hidden = nn.Linear(feature_dim + LEVEL_FEATURES, HIDDEN)
+        self.prompt = nn.Linear(pooled_dim, HIDDEN)
+        self.hidden = nn.Linear(feature_dim + LEVEL_FEATURES + HIDDEN, HIDDEN)
         self.out = _zero_linear(HIDDEN)
 
-    def forward(self, features: Tensor, s: Tensor) -> Tensor:
+    def forward(self, features: Tensor, s: Tensor, pooled: Tensor) -> Tensor:
         dtype = self.hidden.weight.dtype
-        joined = torch.cat([self.norm(features.to(dtype)), level_embedding(s).to(dtype)], dim=1)
-        return self.out(nn.functional.silu(self.hidden(joined)))[:, 0].float()
+        parts = [self.norm(features.to(dtype)), level_embedding(s).to(dtype), self.prompt(pooled.to(dtype))]
+        return self.out(nn.functional.silu(self.hidden(torch.cat(parts, dim=1))))[:, 0].float()
 
 
 class SeparateTrunk(nn.Module):
@@ -75,8 +81,8 @@ class SeparateTrunk(nn.Module):
 class PolicyWithCritic(nn.Module):
     """The policy's bare network and a critic as one module for one engine.
 
-    forward(**network arguments) is the network's. With `value_levels` [N], the output is (velocity, values [N]) where
-    the values belong to the first N rows of the forward (the conditional ones). With `value_of` = (x, s, pooled), the
+    forward(**network arguments) is the network's. With `value_at` = (levels [N], pooled prompts [N,Dp]), the output is
+    (velocity, values [N]) where the values belong to the first N rows of the forward (the conditional ones). With `value_of` = (x, s, pooled), the
     separate critic alone is called.
     """
 
@@ -90,13 +96,13 @@ class PolicyWithCritic(nn.Module):
     def forward(
         self,
         *args: Any,
-        value_levels: Tensor | None = None,
+        value_at: tuple[Tensor, Tensor] | None = None,
         value_of: tuple[Tensor, Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         if value_of is not None:
             return self.critic(*value_of)
-        if value_levels is None:
+        if value_at is None:
             return self.network(*args, **kwargs)
         caught: list[Tensor] = []
         handle = self._feature_layer[0].register_forward_hook(lambda _module, _inputs, output: caught.append(output))
@@ -104,8 +110,8 @@ class PolicyWithCritic(nn.Module):
             velocity = self.network(*args, **kwargs)[0]
         finally:
             handle.remove()
-        features = caught[-1][: len(value_levels)].float().mean(1)
-        return velocity, self.critic(features if self.trunk_gradient else features.detach(), value_levels)
+        features = caught[-1][: len(value_at[0])].float().mean(1)
+        return velocity, self.critic(features if self.trunk_gradient else features.detach(), *value_at)
 
     def critic_parameters(self) -> dict[str, nn.Parameter]:
         """The critic's parameters by canonical name ("critic."...), sorted."""
@@ -115,14 +121,15 @@ class PolicyWithCritic(nn.Module):
 def build_critic(policy: Policy, config: PPOConfig, run_seed: int, pooled_dim: int | None = None) -> PolicyWithCritic:
     """The joint module, with a critic initialised from the run seed alone (fp32, on the policy's device).
 
-    pooled_dim: width of pooled prompt embeddings, for the separate trunk; None: as the policy's family has it.
+    pooled_dim: width of pooled prompt embeddings; None: as the policy's family has it.
     """
+    width = pooled_dim or _pooled_dim(policy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run_seed, Stream.MODEL_INIT, 1))
         if config.trunk == "shared":
-            critic: nn.Module = SharedHead(policy.feature_dim)
+            critic: nn.Module = SharedHead(policy.feature_dim, width)
         else:
-            critic = SeparateTrunk(policy.latent_shape[0], pooled_dim or _pooled_dim(policy))
+            critic = SeparateTrunk(policy.latent_shape[0], width)
     feature_layer = policy.family.feature_layer(policy.module)
     return PolicyWithCritic(policy.module, feature_layer, critic.to(policy.device), config.trunk_gradient)
 
@@ -139,7 +146,7 @@ class CriticHandle(ModelHandle):
         assert self.module is not None
         if not self.shared:
             return cast(Tensor, self.module(value_of=(x, s, cond.pooled)))
-        tap = self.tap(s)
+        tap = self.tap(s, cond)
         self.policy.velocity(x, s, cond, module=cast(nn.Module, tap))
         return tap.values
 
@@ -154,13 +161,13 @@ class CriticHandle(ModelHandle):
         """Velocity [N,C,h,w] and values [N], from one forward when the trunk is shared."""
         if not self.shared:
             return self.velocity(x, s, cond, uncond, guidance_scale), self.value(x, s, cond)
-        tap = self.tap(s)
+        tap = self.tap(s, cond)
         return self.policy.velocity(x, s, cond, uncond, guidance_scale, module=cast(nn.Module, tap)), tap.values
 
-    def tap(self, s: Tensor) -> ValueTap:
+    def tap(self, s: Tensor, cond: EmbeddingBatch) -> ValueTap:
         """A stand-in for the module in one forward of the policy that leaves the values of its states behind."""
         assert self.module is not None
-        return ValueTap(self.module, s)
+        return ValueTap(self.module, (s, cond.pooled))
 
 
 class ValueTap:
@@ -168,11 +175,11 @@ class ValueTap:
 
     values: Tensor
 
-    def __init__(self, module: nn.Module, s: Tensor) -> None:
-        self._module, self._s = module, s
+    def __init__(self, module: nn.Module, value_at: tuple[Tensor, Tensor]) -> None:
+        self._module, self._value_at = module, value_at
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        velocity, self.values = self._module(*args, value_levels=self._s, **kwargs)
+        velocity, self.values = self._module(*args, value_at=self._value_at, **kwargs)
         return (velocity,)
 
 

@@ -45,13 +45,13 @@ class PPO(TrajectoryObjective[PPOConfig]):
         return LossSum(policy.loss + self.config.value_coef * value.loss, policy.metrics | value.metrics)
 
     def _replay_with_values(self, model: CriticHandle, batch: MicroBatch, ks: slice) -> tuple[Replayed, Tensor]:
-        levels = self._levels(batch, ks)
+        levels, cond = self._levels(batch, ks), batch.cond.repeat_rows(ks.stop - ks.start)
         if model.shared:
-            tap = model.tap(levels)
+            tap = model.tap(levels, cond)
             now = self.replay(ModelHandle(model.policy, cast(nn.Module, tap)), batch, ks)
             return now, tap.values.reshape(now.std.shape)
         now = self.replay(model, batch, ks)
-        values = model.value(_states(batch, ks), levels, batch.cond.repeat_rows(ks.stop - ks.start))
+        values = model.value(_states(batch, ks), levels, cond)
         return now, values.reshape(now.std.shape)
 
     def _levels(self, batch: MicroBatch, ks: slice) -> Tensor:

@@ -187,7 +187,7 @@ def test_the_critic_is_equal_wherever_it_is_built_and_named_apart_from_the_polic
 
 def test_the_joint_module_registers_each_parameter_once():
     policy = toy_policy()
-    joint = build_critic(policy, PPOConfig(), run_seed=0)
+    joint = build_critic(policy, PPOConfig(), run_seed=0, pooled_dim=3)
     assert isinstance(joint, PolicyWithCritic)
     total = sum(p.numel() for p in joint.parameters())
     parts = sum(p.numel() for p in policy.module.parameters()) + sum(p.numel() for p in joint.critic.parameters())
