@@ -1,9 +1,8 @@
 """The critic of PPO: the value of a denoising state (x_t, t, prompt), in one module and one engine with the policy.
 
-Two forms. `shared`: a small head on the policy's pooled hidden states of the conditional rows, an embedding of the noise
-level and the pooled prompt embedding, computed in the policy's own forward; unless `trunk_gradient`, the value loss does
-not reach the trunk.
-`separate`: a small convolutional network of its own on (x_t, s, pooled prompt embedding).
+Two forms. `shared`: a small head on the policy's pooled hidden states of the conditional rows, an embedding of the
+noise level and the pooled prompt embedding, computed in the policy's own forward; unless `trunk_gradient`, the value
+loss does not reach the trunk. `separate`: a small convolutional network of its own on (x_t, s, pooled prompt embedding).
 
 Every call goes through `PolicyWithCritic.forward`, hence through the engine's wrapper, so that partitioned weights
 are gathered. Does not own: advantages (credit/gae.py), the loss (objectives/ppo.py).
@@ -82,8 +81,8 @@ class PolicyWithCritic(nn.Module):
     """The policy's bare network and a critic as one module for one engine.
 
     forward(**network arguments) is the network's. With `value_at` = (levels [N], pooled prompts [N,Dp]), the output is
-    (velocity, values [N]) where the values belong to the first N rows of the forward (the conditional ones). With `value_of` = (x, s, pooled), the
-    separate critic alone is called.
+    (velocity, values [N]) where the values belong to the first N rows of the forward (the conditional ones). With
+    `value_of` = (x, s, pooled), the separate critic alone is called.
     """
 
     def __init__(self, network: nn.Module, feature_layer: nn.Module, critic: nn.Module, trunk_gradient: bool) -> None:
