@@ -2,7 +2,7 @@
 
 Two forms. `shared`: a small head on the policy's pooled hidden states of the conditional rows, an embedding of the
 noise level and the pooled prompt embedding, computed in the policy's own forward; unless `trunk_gradient`, the value
-loss does not reach the trunk. `separate`: a small convolutional network of its own on (x_t, s, pooled prompt embedding).
+loss does not reach the trunk. `separate`: a small convolutional network on (x_t, s, pooled prompt embedding) alone.
 
 Every call goes through `PolicyWithCritic.forward`, hence through the engine's wrapper, so that partitioned weights
 are gathered. Does not own: advantages (credit/gae.py), the loss (objectives/ppo.py).
