@@ -6,6 +6,7 @@ Does not own: who writes events (the loops of a run).
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,4 +86,5 @@ def _line(event: dict[str, Any]) -> Fault:
 
 
 def _value(value: str | int | float) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)[:300]
+    """Long messages are cut: events.jsonl has them whole."""
+    return f"{value:.3g}" if isinstance(value, float) else textwrap.shorten(str(value), 120, placeholder=" …")
