@@ -13,13 +13,17 @@ from rich.table import Table
 from cluster.ledger_cli import Json
 
 MAX_REASON = 60
-OTHER_COLUMNS = 105
-"""Width of everything in the list but the prompt, which is cut to what is left."""
+OTHER_COLUMNS, TIMES_AND_ACTOR = 105, 40
+"""Width of everything in the list but the prompt, which is cut to what is left, and of what narrow terminals lack."""
+
+MIN_PROMPT = 20
+IN_A_PIPE = 160
+"""Columns where nobody's terminal sets them: figures must not be cut in a file."""
 
 
 def print_groups(listing: Json, console: Console | None = None) -> None:
-    """Totals, then a line a group."""
-    console = console or Console()
+    """Totals, then a line a group; times and actors are left out where the terminal is too narrow for them."""
+    console = console or _console()
     states = ", ".join(f"{count} {state}" for state, count in listing["groups_by_state"].items() if count)
     reasons = ", ".join(f"{reason} {count}" for reason, count in listing["groups_discarded_by_reason"].items())
     images = listing["images"]
@@ -33,20 +37,23 @@ def print_groups(listing: Json, console: Console | None = None) -> None:
         f"alive: the books {balance}"
     )
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for name in ("group", "state", "version", "step", "stale", "reward", "paint s", "score s", "wait s"):
+    wide = console.width >= OTHER_COLUMNS + MIN_PROMPT
+    times = ("paint s", "score s", "wait s") if wide else ()
+    for name in ("group", "state", "version", "step", "stale", "reward", *times):
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    table.add_column("actor", no_wrap=True)
+    if wide:
+        table.add_column("actor", no_wrap=True)
     table.add_column("prompt")
-    room = max(20, console.width - OTHER_COLUMNS)
+    room = max(MIN_PROMPT, console.width - OTHER_COLUMNS + (0 if wide else TIMES_AND_ACTOR))
     for group in listing["groups"]:
         state = group["state"] + (f": {group['reason']}" if group["reason"] else "")
-        figures = [group["version"], group["step"], group["staleness"], group["reward"], group["paint_seconds"],
-                   group["until_scored_seconds"], group["until_trained_seconds"]]  # fmt: skip
+        figures = [group["version"], group["step"], group["staleness"], group["reward"]]
+        seconds = [group["paint_seconds"], group["until_scored_seconds"], group["until_trained_seconds"]]
         table.add_row(
             str(group["group"]),
             state,
-            *map(_figure, figures),
-            group["actor"] or "–",
+            *map(_figure, figures + seconds if wide else figures),
+            *([group["actor"] or "–"] if wide else []),
             escape(_cut(group["prompt"], room)),
         )
     console.print(table)
@@ -54,7 +61,7 @@ def print_groups(listing: Json, console: Console | None = None) -> None:
 
 def print_group(group: Json, console: Console | None = None) -> None:
     """One group: what it is, its images and scores, its way."""
-    console = console or Console()
+    console = console or _console()
     console.print(f"[bold]group {group['group']}[/] {group['where']}")
     console.print(group["prompt"]["text"], markup=False, style="italic")
     if group["prompt"]["negative"]:
@@ -77,6 +84,11 @@ def print_group(group: Json, console: Console | None = None) -> None:
     if group.get("repainted"):
         console.print(f"[bold]again[/] {escape(group['repainted']['words'])}", soft_wrap=True)
         console.print(f"      {group['repainted']['images'][0].rsplit('/', 1)[0]}", markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, IN_A_PIPE))
 
 
 def _score_table(group: Json) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from rich.console import Console
 
 from cluster import cli_show
 from cluster.cli import main
 from cluster.ledger_cli import show_group
+from cluster.ledger_view import print_groups
 from cluster.repaint import Repainted, nearest_weights
 from cluster.run_folder import RunFolder
 from contracts.digests import digest_images
@@ -138,3 +141,15 @@ def test_the_nearest_weights_that_are_kept(tmp_path: Path) -> None:
 )
 def test_what_was_painted_again_is_said_plainly(used: int, equal: bool | None, words: str) -> None:
     assert words in Repainted(np.zeros((1, 2, 2, 3), np.uint8), 3, used, equal).words
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_narrow_terminal_lacks_columns_but_no_figure_is_cut(run: RunFolder, width: int) -> None:
+    listing = json.loads(call(run, "--json").output)
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_groups(listing, console)
+    header, *rows = [line for line in console.export_text().splitlines() if line.strip()][2:]
+    assert ("actor" in header) == ("paint s" in header) == (width > 80)
+    before_the_prompt = header.index("prompt")
+    assert not any("…" in row[:before_the_prompt] for row in rows)
+    assert all(len(row.rstrip()) <= width for row in rows)
