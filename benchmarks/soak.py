@@ -190,7 +190,8 @@ def fault_at(seed: int, index: int) -> Fault:
 def make_config(model: Path, runs_dir: Path, seed: int, name: str = "soak") -> RunConfig:
     """The run: the playground's prompts, a model of its kind in `model`; who hangs is noticed within 5 to 14 s.
 
-    Vaults, dispatcher and controller soonest, so that those who wait for them keep their leases.
+    Vaults, dispatcher and controller soonest, so that those who wait for them keep their leases. It learns so slowly
+    that its reward still varies after an hour: one that has nothing left to learn is stopped (reward.max_fruitless).
     """
     from contracts.config.load import config_from_tree
 
@@ -209,7 +210,7 @@ def make_config(model: Path, runs_dir: Path, seed: int, name: str = "soak") -> R
             "reward": {"lease_s": 120.0},
             "objective": {"name": "grpo"},
             "learner": {"engine": "plain", "ranks": 2, "cpus_per_rank": 0.5, "hang_timeout_s": 14.0,
-                        "max_rebuilds": 10_000},
+                        "max_rebuilds": 10_000, "optimizer": {"lr": 1e-6}},
             "checkpoint": {"every_steps": 10, "keep_last": 2},
             "weights": {"timeout_s": 10.0},
             "cluster": {"hang_timeout_s": 8.0, "controller_restarts": 10_000},
