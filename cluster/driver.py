@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from cluster.controller import Parts
 
 
+_RAY_ALONE = {"RAY_task_events_report_interval_ms": "0"}
+"""Nobody asks a Ray of the run's own for the history of its tasks, of which Ray would keep 100,000: 240 MB."""
+
 START_S = 600.0
 """Shortest time a controller has to answer for the first time: its process starts, and may wait for a machine."""
 
@@ -86,7 +89,7 @@ def start_ray(config: RunConfig) -> bool:
                 "cluster.address", f"no Ray cluster answers at {address}", "start it, or mend it"
             ) from error
         return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-    with _environment(worker_environment(config)):  # Ray's processes inherit it, and every process they start
+    with _environment(worker_environment(config) | _RAY_ALONE):  # inherited by Ray's processes and all they start
         ray.init(
             address="local", num_cpus=config.cluster.num_cpus or local_cpus(config), include_dashboard=False,
             object_store_memory=config.cluster.object_store_mb * 2**20, **options,
