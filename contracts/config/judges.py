@@ -26,7 +26,11 @@ class JudgeOptions(Section):
         default=0.2, ge=0, description="retries and hedges allowed as a share of questions, plus 10"
     )
     breaker_failures: int = Field(default=5, gt=0, description="consecutive failures that open the circuit")
-    breaker_reset_s: float = Field(default=5.0, gt=0, description="seconds an open circuit waits before a probe")
+    breaker_reset_s: float = Field(
+        default=5.0, gt=0,
+        description="seconds an open circuit waits before a probe at the most; before the first an eighth of it, and "
+        "twice as long after each that fails",
+    )  # fmt: skip
     hedge_quantile: float | None = Field(
         default=0.95, gt=0, lt=1,
         description="another of `urls` is asked too after this quantile of latencies; null, or a lone URL: never",

@@ -41,7 +41,11 @@ class ScorerConfig(Section):
     max_retries: int = Field(default=3, ge=0, description="further attempts of one request")
     retry_budget: float = Field(default=0.2, ge=0, description="retries allowed as a share of requests, plus 10")
     breaker_failures: int = Field(default=5, gt=0, description="consecutive failures that open the circuit")
-    breaker_reset_s: float = Field(default=5.0, gt=0, description="seconds an open circuit waits before a probe")
+    breaker_reset_s: float = Field(
+        default=5.0, gt=0,
+        description="seconds an open circuit waits before a probe at the most; before the first an eighth of it, and "
+        "twice as long after each that fails",
+    )  # fmt: skip
     token_env: str = Field(default="SALON_REWARD_TOKEN", description="environment variable with the bearer token")
 
     @property

@@ -11,11 +11,20 @@ from typing import Literal
 State = Literal["closed", "open", "half_open"]
 
 
+FIRST_PAUSE = 1 / 8
+"""Of reset_s. A killed server is back within a second, and its callers should be as well."""
+
+
 class CircuitBreaker:
-    """Opens after `failures` in a row, for `reset_s` seconds, then admits one probe that decides."""
+    """Opens after `failures` in a row, then admits one probe that decides.
+
+    It first stays open for an eighth of `reset_s` seconds, after each failed probe for twice as long as before, at
+    most `reset_s`.
+    """
 
     def __init__(self, failures: int, reset_s: float) -> None:
         self._limit, self._reset_s = failures, reset_s
+        self._pause_s = reset_s * FIRST_PAUSE
         self._in_a_row = 0
         self._opened_at: float | None = None
         self._probing = False
@@ -23,7 +32,7 @@ class CircuitBreaker:
     def state(self, now: float) -> State:
         if self._opened_at is None:
             return "closed"
-        return "half_open" if now >= self._opened_at + self._reset_s else "open"
+        return "half_open" if now >= self._opened_at + self._pause_s else "open"
 
     def wait_s(self, now: float) -> float:
         """Seconds until a request may be sent: 0 for now; while a probe is out, until it may have decided."""
@@ -33,7 +42,7 @@ class CircuitBreaker:
         if state == "half_open":
             return 0.05
         assert self._opened_at is not None
-        return self._opened_at + self._reset_s - now
+        return self._opened_at + self._pause_s - now
 
     def enter(self, now: float) -> None:
         """A request is about to be sent (only when wait_s is 0)."""
@@ -46,9 +55,9 @@ class CircuitBreaker:
         self._in_a_row += 1
         if self._opened_at is None:
             if self._in_a_row >= self._limit:
-                self._opened_at = now
+                self._opened_at, self._pause_s = now, self._reset_s * FIRST_PAUSE
         elif self._probing:
-            self._opened_at = now
+            self._opened_at, self._pause_s = now, min(2 * self._pause_s, self._reset_s)
         self._probing = False
 
     def released(self) -> None:

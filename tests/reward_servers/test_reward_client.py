@@ -309,7 +309,7 @@ def test_the_circuit_opens_probes_and_closes_again() -> None:
 
     async def go() -> None:
         nonlocal healthy
-        config = config_for(server.url, max_retries=0, breaker_failures=3, breaker_reset_s=0.5, deadline_s=10.0)
+        config = config_for(server.url, max_retries=0, breaker_failures=3, breaker_reset_s=4.0, deadline_s=10.0)
         async with RewardClient(config) as client:
             for _ in range(3):
                 await client.score(pictures(1), ["p"], [{}])

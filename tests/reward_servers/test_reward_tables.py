@@ -137,18 +137,24 @@ def test_circuit_states_follow_the_clock() -> None:
     breaker.failed(1.0)
     assert breaker.state(1.0) == "closed", "only failures in a row count"
     breaker.failed(2.0)
-    assert (breaker.state(2.0), breaker.wait_s(2.0)) == ("open", 10.0)
-    assert (breaker.state(12.0), breaker.wait_s(12.0)) == ("half_open", 0.0)
-    breaker.enter(12.0)
-    assert breaker.wait_s(12.0) > 0, "one probe at a time"
+    assert (breaker.state(2.0), breaker.wait_s(2.0)) == ("open", 1.25), "the first pause is an eighth"
+    assert (breaker.state(3.25), breaker.wait_s(3.25)) == ("half_open", 0.0)
+    breaker.enter(3.25)
+    assert breaker.wait_s(3.25) > 0, "one probe at a time"
     breaker.released()
-    assert breaker.wait_s(12.0) == 0, "a cancelled probe frees the place"
-    breaker.enter(12.0)
-    breaker.failed(13.0)
-    assert (breaker.state(22.9), breaker.state(23.0)) == ("open", "half_open")
-    breaker.enter(23.0)
+    assert breaker.wait_s(3.25) == 0, "a cancelled probe frees the place"
+    now = 3.25
+    for pause in (2.5, 5.0, 10.0, 10.0):
+        breaker.enter(now)
+        breaker.failed(now)
+        assert (breaker.state(now), breaker.wait_s(now)) == ("open", pause), "twice as long, up to reset_s"
+        now += pause
+    breaker.enter(now)
     breaker.succeeded()
-    assert (breaker.state(23.0), breaker.wait_s(23.0)) == ("closed", 0.0)
+    assert (breaker.state(now), breaker.wait_s(now)) == ("closed", 0.0)
+    breaker.failed(now)
+    breaker.failed(now)
+    assert breaker.wait_s(now) == 1.25, "a new outage begins with a short pause"
 
 
 @given(st.lists(st.booleans(), max_size=400), st.floats(0, 2))
