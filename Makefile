@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml $(wildcard $(SALON_CONSTRAINTS))
 	  { echo "$(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print(*p["dependencies"], *(r for extra in ("dev", "ops") for r in p["optional-dependencies"][extra]), sep="\n")' >.venv/requirements.txt
+	  print(*p["dependencies"], *(r for extra in ("dev", "ops", "ocr") for r in p["optional-dependencies"][extra]), sep="\n")' >.venv/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(SALON_CONSTRAINTS),-c $(SALON_CONSTRAINTS)) \
 	  -r .venv/requirements.txt
 ifeq ($(HAS_CXX),yes)
