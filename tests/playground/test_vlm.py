@@ -152,4 +152,4 @@ def test_the_judge_that_is_shipped_agrees_with_the_verifier() -> None:
     assert sum(path.stat().st_size for path in vlm.FOLDER.iterdir()) < 4_000_000
     model = AutoModelForImageTextToText.from_pretrained(vlm.FOLDER, dtype=torch.float32).eval()
     figures = fit_vlm.agreement(model, AutoProcessor.from_pretrained(vlm.FOLDER), 300, seed=2)
-    assert figures["all"] >= 0.87  # 90 % aimed at; 300 scenes are 1.7 % either way
+    assert figures["all"] >= 0.94  # 97 % measured on 2,000 scenes; 300 scenes are 1 % either way

@@ -149,7 +149,7 @@ def test_what_it_says_agrees_with_the_verifier(judge_folder: Path, served: Serve
         specs.append(spec if index % 2 else wrong[rng.integers(len(wrong))])
     said = served.score(np.stack(images), [spec.text for spec in specs]).column("p_yes")[0] > 0.5
     verdicts = [verify(image, spec).strict for image, spec in zip(images, specs, strict=True)]
-    assert np.mean(said == np.array(verdicts)) >= 0.8
+    assert np.mean(said == np.array(verdicts)) >= 0.9
 
 
 def test_a_training_run_learns_from_it_and_outlives_its_death(
