@@ -1,6 +1,6 @@
 """One run of the demo for demo_time.py, in a process of its own, that keeps its weights every now and then.
 
-    python -m benchmarks.demo_arms cluster|in_process FOLDER SEED SECONDS
+    python -m benchmarks.demo_arms cluster|in_process FOLDER SEED SECONDS WHOLE_SECONDS
 
 Leaves FOLDER/weights-<step>.safetensors, the weights that actors paint with after that step, and, once the run has
 ended, FOLDER/arm.json with the training seconds of each. Keeping weights costs some ten milliseconds each time.
@@ -26,6 +26,7 @@ from learner.rank import Published, RankLearner
 CONFIG = "configs/demo.yaml"
 CORES = 2
 POINTS = 10
+"""Marks of a whole run."""
 FOLDER, INTERVAL = "SALON_BENCH_ARM", "SALON_BENCH_INTERVAL"
 
 
@@ -98,23 +99,25 @@ def run_in_process(config: RunConfig, folder: Path, interval_s: float) -> dict[s
     return {"points": points, "steps": run.steps, "images_trained": trained}
 
 
-def arm_config(arm: str, folder: Path, seed: int, seconds: float) -> RunConfig:
+def arm_config(arm: str, folder: Path, seed: int, seconds: float, interval_s: float) -> RunConfig:
     """configs/demo.yaml without its own evaluations, and a little longer, so that the last mark is passed."""
     from benchmarks.learning import playground_config
 
     changes: dict[str, Any] = {
-        "seed": seed, "stop.seconds": seconds * (1 + 0.3 / POINTS), "runs_dir": folder, "name": "run",
+        "seed": seed, "stop.seconds": seconds + 0.3 * interval_s, "runs_dir": folder, "name": "run",
         "exist": "replace", "eval.before": False, "eval.num_prompts": 1, "eval.samples_to_save": 0,
     }  # fmt: skip
     return playground_config(CONFIG, changes | ({"learner.threads": CORES} if arm == "in_process" else {}))
 
 
-def main(arm: str, folder: Path, seed: int, seconds: float) -> None:
-    config = arm_config(arm, folder, seed, seconds)
+def main(arm: str, folder: Path, seed: int, seconds: float, whole_s: float) -> None:
+    """One run of `seconds`, with as much time between its marks as a whole run of whole_s has."""
+    interval_s = whole_s / POINTS
+    config = arm_config(arm, folder, seed, seconds, interval_s)
     run = {"cluster": run_cluster, "in_process": run_in_process}[arm]
-    result = run(config, folder, seconds / POINTS)
+    result = run(config, folder, interval_s)
     (folder / "arm.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]))

@@ -7,11 +7,12 @@ Both run configs/demo.yaml from the same weights for the same training seconds, 
 - in process: `cluster.inprocess`, the same functions one after the other in one process, which has both cores: torch
   on 2 threads (left to one thread, a core would stand idle). No group is stale there.
 
-Both keep their weights at the same marks, and are judged when both have ended, on the same validation prompts and
-seeds at the rollout's own schedule: evaluation takes no time from either. The gain is the cluster run's, from the base
-to its end; half of it is reached where straight lines between the marks cross it, after the rising curve closest to
-each run's accuracies is taken, so that one lucky mark does not decide. A cluster run that gains less than twice its
-standard error has no time to half of it.
+Both keep their weights every so often, and are judged when both have ended, on the same validation prompts and seeds
+at the rollout's own schedule: evaluation takes no time from either. The gain is that of the cluster's runs from the
+base to their end, the mean of the first few seeds, which are run whole; other seeds are run for a part of the time,
+in which half of the gain is well passed. Half of it is reached where straight lines between a run's marks cross it,
+after the rising curve closest to its accuracies is taken, so that one lucky mark does not decide. A gain of less than
+twice its standard error has no half.
 
     python -m benchmarks run demo_time [--repeats SEEDS] [--seconds TRAINING] [--resume]
 """
@@ -27,40 +28,49 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning import ROOT
-from benchmarks.measuring import first_reached, rising
+from benchmarks.measuring import first_reached, median, rising
 
 ARMS = ("cluster", "in_process")
 WORK = ROOT / "build" / "benchmarks" / "demo_time"
 PROMPTS = 400
+WHOLE = 3
+"""Seeds that are run whole and tell the gain."""
+PART = 0.4
+"""Of the training seconds, for the other seeds."""
 
 
-def run(repeats: int = 1, seconds: float = 300.0, resume: bool = False) -> dict[str, Any]:
-    """Rows by seed: gain in points, seconds to half of it and steps of both, their ratio. repeats: seeds.
+def run(repeats: int = 10, seconds: float = 300.0, resume: bool = False) -> dict[str, Any]:
+    """The gain in points, rows by seed with seconds to half of it in both, and their ratio. repeats: seeds.
 
-    resume: what an earlier call with the same seconds has finished is kept.
+    seconds: of a whole run. resume: what an earlier call with the same seconds has finished is kept.
     """
     if not resume:
         shutil.rmtree(WORK, ignore_errors=True)
-    rows = []
-    for seed in range(repeats):
-        arms = {arm: _arm(arm, seed, seconds) for arm in (ARMS if seed % 2 == 0 else ARMS[::-1])}
-        curves = {arm: _curve(WORK / _name(arm, seed, seconds), result) for arm, result in arms.items()}
-        rows.append({"seed": seed, **compare(curves), "steps": {arm: arms[arm]["steps"] for arm in ARMS}})
-    return {"repeats": repeats, "seconds": seconds, "config": "configs/demo.yaml", "prompts": PROMPTS, "rows": rows}
+    steps, curves = [], []
+    lengths = [seconds if seed < WHOLE else PART * seconds for seed in range(repeats)]
+    for seed, length in enumerate(lengths):
+        arms = {arm: _arm(arm, seed, length, seconds) for arm in (ARMS if seed % 2 == 0 else ARMS[::-1])}
+        curves.append({arm: _curve(WORK / _name(arm, seed, length), result) for arm, result in arms.items()})
+        steps.append({arm: arms[arm]["steps"] for arm in ARMS})
+    return {
+        "repeats": repeats, "lengths": lengths, "config": "configs/demo.yaml", "prompts": PROMPTS,
+        **compare(curves, whole=min(WHOLE, repeats)), "steps": steps,
+    }  # fmt: skip
 
 
 def _name(arm: str, seed: int, seconds: float) -> str:
     return f"{arm}-seed-{seed}-{seconds:g}s"
 
 
-def _arm(arm: str, seed: int, seconds: float) -> dict[str, Any]:
-    """The run of an arm, in a process of its own, or what is there of it."""
+def _arm(arm: str, seed: int, seconds: float, whole_s: float) -> dict[str, Any]:
+    """The run of an arm for so many seconds, in a process of its own, or what is there of it."""
     folder = WORK / _name(arm, seed, seconds)
     done = folder / "arm.json"
     if not done.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        command = [sys.executable, "-m", "benchmarks.demo_arms", arm, str(folder), str(seed), str(seconds)]
+        numbers = [str(number) for number in (seed, seconds, whole_s)]
+        command = [sys.executable, "-m", "benchmarks.demo_arms", arm, str(folder), *numbers]
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": _threads(arm)})
     found: dict[str, Any] = json.loads(done.read_text())
     return found
@@ -90,7 +100,7 @@ def _judge(folder: Path, points: list[dict[str, Any]]) -> list[dict[str, float]]
     from cluster.evaluate import evaluate_in_process, rollout_sampling
     from policy.weights import load_arrays
 
-    config = arm_config("cluster", folder, seed=0, seconds=1.0)
+    config = arm_config("cluster", folder, seed=0, seconds=1.0, interval_s=1.0)
     torch.set_num_threads(os.cpu_count() or 1)
     painter, curve = Painter(config), []
     for point in sorted(points, key=lambda point: point["seconds"]):
@@ -105,44 +115,72 @@ def _judge(folder: Path, points: list[dict[str, Any]]) -> list[dict[str, float]]
     return curve
 
 
-def compare(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """gain (points), seconds of each arm to half of it (None: never), ratio cluster / in process, and the curves.
+Curve = list[dict[str, float]]
 
-    ratio_is_bound: the in-process loop had not reached it when it ended, so that the true ratio is below `ratio`.
+
+def compare(curves: list[dict[str, Curve]], whole: int) -> dict[str, Any]:
+    """gain and its standard_error (points), of the first `whole` seeds; rows; ratio (median and interval, or None).
+
+    A row: half_seconds of each arm (None: not before it ended), ratio cluster / in process. bound: "below" where only
+    the in-process loop had not come so far when it ended, "above" where only the cluster had not; the ratio is then
+    the one of that moment. The median is left out when a seed's ratio is unknown or only above something.
     """
-    fitted = {arm: rising([point["accuracy"] for point in curve]) for arm, curve in curves.items()}
-    start, end = fitted["cluster"][0], fitted["cluster"][-1]
-    result: dict[str, Any] = {
-        "gain": 100 * (end - start), "standard_error": 100 * curves["cluster"][-1]["standard_error"], "curves": curves,
-        "half_seconds": dict.fromkeys(curves), "ratio": None, "ratio_is_bound": False,
+    ends = [_start_and_end(seed["cluster"]) for seed in curves[:whole]]
+    gains = [end - start for start, end in ends]
+    error = (sum(seed["cluster"][-1]["standard_error"] ** 2 for seed in curves[:whole]) ** 0.5) / whole
+    gain = sum(gains) / whole
+    rows = [_row(seed, gain / 2 if gain >= 2 * error else None) for seed in curves]
+    known = [row["ratio"] for row in rows if row["ratio"] is not None and row["bound"] != "above"]
+    return {
+        "gain": 100 * gain, "standard_error": 100 * error, "rows": rows,
+        "ratio": median(known) if len(known) == len(curves) else None,
     }  # fmt: skip
-    if result["gain"] < 2 * result["standard_error"]:
-        return result
+
+
+def _start_and_end(curve: Curve) -> tuple[float, float]:
+    fitted = rising([point["accuracy"] for point in curve])
+    return fitted[0], fitted[-1]
+
+
+def _row(curves: dict[str, Curve], half_gain: float | None) -> dict[str, Any]:
+    half: dict[str, float | None] = {}
+    last = {}
     for arm, curve in curves.items():
-        times = [point["seconds"] for point in curve]
-        result["half_seconds"][arm] = first_reached(times, fitted[arm], (start + end) / 2)
-    result["ratio_is_bound"] = result["half_seconds"]["in_process"] is None
-    theirs = result["half_seconds"]["in_process"] or curves["in_process"][-1]["seconds"]
-    result["ratio"] = result["half_seconds"]["cluster"] / theirs
-    return result
+        fitted, times = rising([point["accuracy"] for point in curve]), [point["seconds"] for point in curve]
+        half[arm] = None if half_gain is None else first_reached(times, fitted, curve[0]["accuracy"] + half_gain)
+        last[arm] = times[-1]
+    missing = [arm for arm in ARMS if half[arm] is None]
+    reached = {arm: half[arm] or last[arm] for arm in ARMS}
+    return {
+        "half_seconds": half, "curves": curves,
+        "ratio": None if len(missing) == 2 else reached["cluster"] / reached["in_process"],
+        "bound": {"cluster": "above", "in_process": "below"}[missing[0]] if len(missing) == 1 else None,
+    }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
+    gain = f"{result['gain']:.1f} ± {result['standard_error']:.1f} points"
     lines = [
-        "| seed | gain, points | standard error | cluster, s to half | in process, s | ratio "
-        "| steps, cluster | in process |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| seed | trained for, s | cluster, s to half the gain | in process, s | ratio | steps, cluster | in process |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in result["rows"]:
-        cluster, in_process = (row["half_seconds"][arm] for arm in ARMS)
-        ratio = "no gain to halve" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    seeds = zip(result["rows"], result["lengths"], result["steps"], strict=True)
+    for seed, (row, length, steps) in enumerate(seeds):
+        cluster, in_process = (_seconds(row["half_seconds"][arm]) for arm in ARMS)
+        ratio = "unknown" if row["ratio"] is None else f"{row['bound'] or ''} {row['ratio']:.2f}".strip()
         lines.append(
-            f"| {row['seed']} | {row['gain']:.1f} | {row['standard_error']:.1f} | {_seconds(cluster)} "
-            f"| {_seconds(in_process)} | {'below ' if row['ratio_is_bound'] else ''}{ratio} "
-            f"| {row['steps']['cluster']} | {row['steps']['in_process']} |"
+            f"| {seed} | {length:g} | {cluster} | {in_process} | {ratio} | {steps['cluster']} | {steps['in_process']} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, _median_line(result, gain)])
+
+
+def _median_line(result: dict[str, Any], gain: str) -> str:
+    halves = [[row["half_seconds"][arm] for row in result["rows"]] for arm in ARMS]
+    seconds = [_seconds(None if None in times else median(times)["median"]) for times in halves]
+    ratio = result["ratio"]
+    shown = "unknown" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"
+    return f"| median; the gain is {gain} | | {seconds[0]} | {seconds[1]} | {shown} | | |"
 
 
 def _seconds(value: float | None) -> str:

@@ -44,33 +44,51 @@ def curve(*points: tuple[float, float], error: float = 0.01) -> list[dict[str, f
     return [{"seconds": at, "accuracy": value, "standard_error": error, "step": 0} for at, value in points]
 
 
+def shown(found: dict[str, Any]) -> str:
+    steps = [dict.fromkeys(demo_time.ARMS, 3)] * len(found["rows"])
+    return demo_time.table({**found, "steps": steps, "lengths": [300.0] * len(steps)})
+
+
 def test_half_the_clusters_gain_on_both_clocks() -> None:
-    found = demo_time.compare(
-        {
-            "cluster": curve((0, 0.2), (100, 0.5), (200, 0.6)),
-            "in_process": curve((0, 0.2), (100, 0.3), (200, 0.5), (300, 0.5)),
-        }
-    )
-    assert found["gain"] == pytest.approx(40)
-    assert found["half_seconds"] == pytest.approx({"cluster": 100 * 2 / 3, "in_process": 150})
-    assert found["ratio"] == pytest.approx(100 * 2 / 3 / 150)
-    assert not found["ratio_is_bound"]
+    whole = {
+        "cluster": curve((0, 0.2), (100, 0.5), (200, 0.6)),
+        "in_process": curve((0, 0.2), (100, 0.3), (200, 0.5), (300, 0.5)),
+    }
+    part = {"cluster": curve((0, 0.3), (100, 0.5)), "in_process": curve((0, 0.3), (100, 0.7))}
+    found = demo_time.compare([whole, part], whole=1)
+    assert found["gain"] == pytest.approx(40), "only whole runs tell the gain"
+    first, second = found["rows"]
+    assert first["half_seconds"] == pytest.approx({"cluster": 100 * 2 / 3, "in_process": 150})
+    assert first["ratio"] == pytest.approx(100 * 2 / 3 / 150)
+    assert second["half_seconds"] == pytest.approx({"cluster": 100, "in_process": 50})
+    assert found["ratio"]["median"] == pytest.approx((100 * 2 / 3 / 150 + 2) / 2)
+    assert "| 67 | 150 | 0.44 |" in shown(found)
 
 
-def test_a_loop_that_ends_before_half_the_gain_gives_a_bound() -> None:
-    found = demo_time.compare({"cluster": curve((0, 0.2), (100, 0.6)), "in_process": curve((0, 0.2), (80, 0.3))})
-    assert found["half_seconds"]["in_process"] is None
-    assert found["ratio_is_bound"]
-    assert found["ratio"] == pytest.approx(50 / 80)
+def test_a_run_that_ends_before_half_the_gain_gives_a_bound() -> None:
+    slow_loop = {"cluster": curve((0, 0.2), (100, 0.6)), "in_process": curve((0, 0.2), (80, 0.3))}
+    found = demo_time.compare([slow_loop], whole=1)
+    (row,) = found["rows"]
+    assert row["half_seconds"]["in_process"] is None
+    assert (row["bound"], row["ratio"]) == ("below", pytest.approx(50 / 80))
+    assert found["ratio"]["median"] == pytest.approx(50 / 80), "at most: the median is no better than it says"
+    slow_cluster = {"cluster": curve((0, 0.2), (90, 0.3)), "in_process": curve((0, 0.2), (80, 0.4))}
+    neither = {"cluster": curve((0, 0.2), (90, 0.3)), "in_process": curve((0, 0.2), (80, 0.3))}
+    found = demo_time.compare([slow_loop, slow_cluster, neither], whole=1)
+    assert [row["bound"] for row in found["rows"]] == ["below", "above", None]
+    assert found["rows"][1]["ratio"] == pytest.approx(90 / 80)
+    assert found["rows"][2]["ratio"] is None
+    assert found["ratio"] is None, "a median over what is known would flatter"
+    assert "above 1.12" in shown(found)
+    assert "unknown" in shown(found)
 
 
 def test_a_gain_within_the_error_has_no_half() -> None:
-    found = demo_time.compare(
-        {"cluster": curve((0, 0.2), (100, 0.23), error=0.02), "in_process": curve((0, 0.2), (80, 0.5))}
-    )
+    seed = {"cluster": curve((0, 0.2), (100, 0.23), error=0.02), "in_process": curve((0, 0.2), (80, 0.5))}
+    found = demo_time.compare([seed], whole=1)
     assert found["ratio"] is None
-    row = {**found, "seed": 0, "steps": dict.fromkeys(demo_time.ARMS, 3)}
-    assert "no gain to halve" in demo_time.table({"rows": [row]})
+    assert found["rows"][0]["half_seconds"] == {"cluster": None, "in_process": None}
+    assert found["standard_error"] == pytest.approx(2.0)
 
 
 @UNHURRIED
@@ -139,9 +157,9 @@ def test_the_demo_in_both_ways_from_start_to_ratio(
     ran = []
 
     def in_this_process(command: list[str], **_: Any) -> None:
-        arm, folder, seed, seconds = command[3:]
+        arm, folder, seed, *seconds = command[3:]
         ran.append(arm)
-        demo_arms.main(arm, Path(folder), int(seed), float(seconds))
+        demo_arms.main(arm, Path(folder), int(seed), *map(float, seconds))
 
     monkeypatch.setattr(demo_time.subprocess, "run", in_this_process)
     result = demo_time.run(repeats=1, seconds=4.0)
@@ -154,7 +172,7 @@ def test_the_demo_in_both_ways_from_start_to_ratio(
         assert points == sorted(points, key=lambda point: point["seconds"])
     same = [row["curves"][arm][0]["accuracy"] for arm in demo_time.ARMS]
     assert same[0] == same[1], "both start from the same weights"
-    assert len(rows_of(demo_time, result)) == 1
+    assert len(rows_of(demo_time, result)) == 2, "the seed, and the median"
     again = demo_time.run(repeats=1, seconds=4.0, resume=True)
     assert again == result, "finished arms are kept"
     assert ran == ["cluster", "in_process"]
