@@ -7,9 +7,9 @@ Both run configs/demo.yaml from the same weights for the same training seconds, 
 - in process: `cluster.inprocess`, the same functions one after the other in one process, which has both cores: torch
   on 2 threads (left to one thread, a core would stand idle). No group is stale there.
 
-Both keep their weights every so often, and are judged when both have ended, on the same validation prompts and seeds
-at the rollout's own schedule: evaluation takes no time from either. The gain is that of the cluster's runs from the
-base to their end, the mean of the first few seeds, which are run whole; other seeds are run for a part of the time,
+Both keep their weights every so often, and are judged when all runs have ended, on the same validation prompts and
+seeds at the rollout's own schedule: evaluation takes no time from either. The gain is that of the cluster's runs from
+the base to their end, the mean of the first few seeds, which are run whole; other seeds are run for a part of the time,
 in which half of the gain is well passed. Half of it is reached where straight lines between a run's marks cross it,
 after the rising curve closest to its accuracies is taken, so that one lucky mark does not decide. A gain of less than
 twice its standard error has no half.
@@ -46,12 +46,16 @@ def run(repeats: int = 10, seconds: float = 300.0, resume: bool = False) -> dict
     """
     if not resume:
         shutil.rmtree(WORK, ignore_errors=True)
-    steps, curves = [], []
     lengths = [seconds if seed < WHOLE else PART * seconds for seed in range(repeats)]
+    ran: list[dict[str, Any]] = []
     for seed, length in enumerate(lengths):
-        arms = {arm: _arm(arm, seed, length, seconds) for arm in (ARMS if seed % 2 == 0 else ARMS[::-1])}
-        curves.append({arm: _curve(WORK / _name(arm, seed, length), result) for arm, result in arms.items()})
-        steps.append({arm: arms[arm]["steps"] for arm in ARMS})
+        order = ARMS if seed % 2 == 0 else ARMS[::-1]
+        ran.append({arm: _arm(arm, seed, length, seconds) for arm in order})
+    curves = [  # after all the runs: judging takes as long, and does not mind a busy machine
+        {arm: _curve(WORK / _name(arm, seed, lengths[seed]), result) for arm, result in arms.items()}
+        for seed, arms in enumerate(ran)
+    ]
+    steps = [{arm: arms[arm]["steps"] for arm in ARMS} for arms in ran]
     return {
         "repeats": repeats, "lengths": lengths, "config": "configs/demo.yaml", "prompts": PROMPTS,
         **compare(curves, whole=min(WHOLE, repeats)), "steps": steps,

@@ -2,7 +2,8 @@
 
 Three scorers are served by a process of their own, as in a run: the playground's verifier (0.4 ms of Python and numpy
 an image, so it shares the interpreter lock with the HTTP side), its CNN (0.6 ms of torch, which does not) and a vision
-transformer of a small real scorer's size. 16 callers ask for 16 images each. The bound is one thread that calls the
+transformer of a small real scorer's size. The two quick ones are served with `--processes 1` as well, which gives the
+scorer an interpreter apart from HTTP's. 16 callers ask for 16 images each. The bound is one thread that calls the
 scorer's function on the same batches, its memory allocator set as the server sets its own. Repeats of both are
 interleaved; a figure is the median with its 95 % interval. On a machine with fewer than two free cores the client takes
 its share from the server; the ratio of processor seconds (the server's over the bare call's) does not depend on who
@@ -15,7 +16,8 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,26 +32,45 @@ from playground.world.render import render
 from playground.world.scenes import sample_scene
 from reward_servers.client import RewardClient, ServerProcess
 from reward_servers.construct import make_scorer
+from reward_servers.memory import keep_freed_memory
 from reward_servers.scorers.base import ScoreBatch, Scorer
-from reward_servers.serving import keep_freed_memory
 
 CONCURRENCY = 16
 IMAGES = 16
-# Rounds of all callers a repeat: enough that a quick scorer's run is not all start and end.
-SCORERS = {"playground_verifier": 8, "playground_cnn": 8, "benchmarks.vision_tower:VisionTower": 1}
 
 
-def run(repeats: int = 10, scorers: Mapping[str, int] = SCORERS) -> dict[str, Any]:
-    """images/s of each bare scorer, through the server, and their ratio; milliseconds to pack and unpack 64 images.
-
-    scorers: rounds of all callers in a repeat by scorer.
+@dataclass(frozen=True)
+class Case:
+    """rounds: of all callers a repeat, enough that a quick scorer's run is not all start and end; processes: of the
+    server's that score, 0 for its own.
     """
+
+    scorer: str
+    rounds: int = 8
+    processes: int = 0
+
+    @property
+    def title(self) -> str:
+        return self.scorer.rpartition(":")[2] + (f", --processes {self.processes}" if self.processes else "")
+
+
+CASES = (
+    Case("playground_verifier"),
+    Case("playground_verifier", processes=1),
+    Case("playground_cnn"),
+    Case("playground_cnn", processes=1),
+    Case("benchmarks.vision_tower:VisionTower", rounds=1),
+)
+
+
+def run(repeats: int = 10, cases: Sequence[Case] = CASES) -> dict[str, Any]:
+    """images/s of each bare scorer, through the server, and their ratio; milliseconds to pack and unpack 64 images."""
     keep_freed_memory()
     specs = held_out_prompts("validation", CONCURRENCY * IMAGES, seed=0)
     rng = np.random.default_rng(0)
     images = np.stack([render(sample_scene(spec, rng)) for spec in specs])
     metadata = [{"playground": spec.to_metadata()} for spec in specs]
-    rows = {name: _compared(name, images, metadata, repeats, rounds) for name, rounds in scorers.items()}
+    rows = {case.title: _compared(case, images, metadata, repeats) for case in cases}
     return {
         "repeats": repeats, "callers": CONCURRENCY, "images_per_request": IMAGES, "scoring": rows,
         "encoding": encoding(repeats),
@@ -57,27 +78,32 @@ def run(repeats: int = 10, scorers: Mapping[str, int] = SCORERS) -> dict[str, An
 
 
 def _compared(
-    name: str, images: np.ndarray, metadata: list[dict[str, Any]], repeats: int, rounds: int
+    case: Case, images: np.ndarray, metadata: list[dict[str, Any]], repeats: int
 ) -> dict[str, dict[str, float]]:
     """images/s of one scorer bare and served, their ratio, and that of processor seconds."""
     bare: list[float] = []
     served: list[float] = []
     processor: list[float] = []
-    scorer = make_scorer(name)
+    scorer = make_scorer(case.scorer)
     scorer.load()
-    with ServerProcess(name, max_batch=64) as server:
-        process = psutil.Process(server.pid)
+    with ServerProcess(case.scorer, max_batch=64, processes=case.processes) as server:
         for _ in range(repeats):
             start = time.process_time()
-            bare.append(_bare(scorer, images, metadata, rounds))
-            bare_cpu, before = time.process_time() - start, sum(process.cpu_times()[:2])
-            served.append(asyncio.run(_served(server.url, images, metadata, rounds)))
-            processor.append((sum(process.cpu_times()[:2]) - before) / bare_cpu)
+            bare.append(_bare(scorer, images, metadata, case.rounds))
+            bare_cpu, before = time.process_time() - start, _cpu_seconds(server.pid)
+            served.append(asyncio.run(_served(server.url, images, metadata, case.rounds)))
+            processor.append((_cpu_seconds(server.pid) - before) / bare_cpu)
     ratio = [through / alone for through, alone in zip(served, bare, strict=True)]
     return {
         "images_per_second_bare": median(bare), "images_per_second_served": median(served),
         "served_over_bare": median(ratio), "server_cpu_over_bare_cpu": median(processor),
     }  # fmt: skip
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process and its children that live."""
+    server = psutil.Process(pid)
+    return sum(sum(process.cpu_times()[:2]) for process in (server, *server.children()))
 
 
 def encoding(repeats: int = 10, num: int = 64, size: int = 512) -> dict[str, Any]:
@@ -142,7 +168,7 @@ def table(result: dict[str, Any]) -> str:
     num, megabytes = packing["images"], {name: packing[f"{name}_megabytes"] for name in ("binary", "base64_json")}
     rows = [
         row
-        for name, of_scorer in ((target.rpartition(":")[2], row) for target, row in scoring.items())
+        for name, of_scorer in scoring.items()
         for row in (
             (f"{name}: bare, images/s", of_scorer["images_per_second_bare"], 0),
             (f"{name}: through the server, images/s", of_scorer["images_per_second_served"], 0),

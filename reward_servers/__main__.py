@@ -41,6 +41,8 @@ cli.add_command(direction)
               help="Longest a request may take.")  # fmt: skip
 @click.option("--drain-s", default=30.0, show_default=True, type=click.FloatRange(0), help="Longest drain on SIGTERM.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Keyword argument of the scorer (YAML).")
+@click.option("--processes", default=0, show_default=True, type=click.IntRange(0), help="Score in so many processes "
+              "of their own: for scorers that are mostly Python, or crash. 0: in the server's.")  # fmt: skip
 @click.option("--ready-file", default=None, type=click.Path(dir_okay=False), help="Written when ready: url and pid.")
 @click.option("--parent-pid", default=None, type=int, help="End when this parent process has gone.")
 def serve(name: str, options: tuple[str, ...], ready_file: str | None, parent_pid: int | None, **given: Any) -> None:
@@ -127,6 +129,7 @@ def _serve(
     import logging
 
     from reward_servers.construct import make_scorer
+    from reward_servers.processes import ProcessScorer
     from reward_servers.serving import serve as run_server
     from reward_servers.settings import ServerSettings, token_from_environment
 
@@ -136,7 +139,9 @@ def _serve(
         queue=given["queue"], max_images=given["max_images"], max_body_bytes=given["max_body_mb"] * 2**20,
         max_seconds=given["max_seconds"], drain_seconds=given["drain_s"],
     )  # fmt: skip
-    run_server(make_scorer(name, options), settings, token_from_environment(), ready_file, parent_pid)
+    processes = given["processes"]
+    scorer = ProcessScorer(name, options, processes) if processes else make_scorer(name, options)
+    run_server(scorer, settings, token_from_environment(), ready_file, parent_pid)
 
 
 def _die_with_parent(parent_pid: int) -> None:

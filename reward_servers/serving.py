@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ import uvicorn
 from contracts.errors import ConfigError, SalonError, ScoringError
 from reward_servers.app import Service, build_app
 from reward_servers.isolation import describe
+from reward_servers.memory import keep_freed_memory
 from reward_servers.scorers.base import Scorer
 from reward_servers.settings import ServerSettings, check_reach
 
@@ -80,6 +80,7 @@ class RewardServer:
                 await serving
             batching.cancel()
             service.batcher.close()
+            service.scorer.close()
 
     def stop(self) -> None:
         """Begin to drain; callable from any thread, also when it has ended already."""
@@ -151,21 +152,6 @@ def serve(
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(main())
     _end(0)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what a scorer frees (up to 256 MiB a thread) for its next batch.
-
-    Else every large tensor of a batch is fetched from the kernel and given back, page by page: the playground's CNN
-    scored 1,380 images/s so, and 1,790 with this. Settings in the environment win; other C libraries have none.
-    """
-    if any(name.startswith("MALLOC_") or name == "LD_PRELOAD" for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_trim_threshold, 256 * 2**20)
-        mallopt(m_mmap_threshold, 32 * 2**20)
 
 
 def _on_signal(server: RewardServer, drain_seconds: float) -> None:

@@ -35,8 +35,9 @@ class ServerProcess:
     """One reward server as a child.
 
     name: a scorer of `python -m reward_servers list`, or module:Class importable from cwd; options: its keyword
-    arguments (JSON values); port 0: any free one; token_env: variable whose value becomes the server's bearer token;
-    log_path: where its output goes (default: a temporary file, kept only while it lives).
+    arguments (JSON values); port 0: any free one; processes: so many that score, 0 for the server's own; token_env:
+    variable whose value becomes the server's bearer token; log_path: where its output goes (default: a temporary file,
+    kept only while it lives).
 
     Example:
         with ServerProcess("playground_verifier") as server:
@@ -53,6 +54,7 @@ class ServerProcess:
         max_batch: int = 64,
         max_wait_ms: float = 5.0,
         queue: int = 1024,
+        processes: int = 0,
         startup_timeout_s: float = 180.0,
         token_env: str = _SERVER_TOKEN_ENV,
         log_path: str | Path | None = None,
@@ -69,7 +71,7 @@ class ServerProcess:
         self._command = [
             sys.executable, "-m", "reward_servers", "serve", name, "--host", host, "--port", str(port),
             "--max-batch", str(max_batch), "--max-wait-ms", str(max_wait_ms), "--queue", str(queue),
-            "--ready-file", str(self._ready_path), "--parent-pid", str(os.getpid()),
+            "--processes", str(processes), "--ready-file", str(self._ready_path), "--parent-pid", str(os.getpid()),
         ]  # fmt: skip
         for key, value in (options or {}).items():
             self._command += ["--option", f"{key}={json.dumps(value)}"]

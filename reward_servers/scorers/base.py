@@ -53,11 +53,14 @@ class ScoreBatch:
         """The images, or the latents of a scorer that accepts those."""
         return self.images if self.latents is None else self.latents
 
-    def one(self, index: int) -> ScoreBatch:
-        """The batch of one image alone."""
-        rows = slice(index, index + 1)
+    def rows(self, rows: slice) -> ScoreBatch:
+        """The batch of some of its images."""
         latents = None if self.latents is None else self.latents[rows]
         return ScoreBatch(self.images[rows], self.prompts[rows], self.metadata[rows], latents, self.want_gradients)
+
+    def one(self, index: int) -> ScoreBatch:
+        """The batch of one image alone."""
+        return self.rows(slice(index, index + 1))
 
 
 class Meter(Protocol):
@@ -100,6 +103,9 @@ class Scorer(ABC):
     def unready(self) -> str | None:
         """Why this scorer cannot serve just now though it is loaded (what it depends on is away), or None."""
         return None
+
+    def close(self) -> None:  # noqa: B027  (most scorers hold nothing)
+        """Let go of what is not memory (processes, connections). Called once, when the server has drained."""
 
     @abstractmethod
     def score(self, batch: ScoreBatch) -> ScoreTable:
