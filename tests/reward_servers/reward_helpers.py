@@ -86,7 +86,7 @@ def served(scorer: Scorer, token: str | None = None, **settings: Any) -> Iterato
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     if failure:
         raise failure[0]
     try:
