@@ -27,9 +27,14 @@ def up(
     ready_file: str | None = None,
     parent_pid: int | None = None,
 ) -> None:
-    """Serve until SIGTERM. Raises SalonError."""
+    """Serve until SIGTERM. Raises SalonError.
+
+    vLLM's API key is the one in the scorer's `token_env` (SALON_JUDGE_TOKEN), so that others on this machine can ask
+    it as well (`judge probe`); a random one where there is none.
+    """
     server = VllmServer(vllm)
     scorer = judge_scorer(scorer_name, scorer_options, {"urls": [server.url], "model": vllm.served_name})
+    server.token = os.environ.get(scorer.options.token_env) or server.token
     os.environ[scorer.options.token_env] = server.token
     server.meter = scorer.count
     serve(scorer, settings, token_from_environment(), ready_file, parent_pid, beside=server)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 ROOT = Path(__file__).parents[2]
+VLLM_KEY = "a-key-of-the-tests"
 CAPTIONS = ("a red circle", "a red circle left of a blue square", "three green crosses")
 
 
@@ -50,9 +53,10 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Served:
-    """`judge up`, ready."""
+    """`judge up`, ready. vllm: the URL of the vLLM behind it."""
 
     url: str
+    vllm: str
     process: subprocess.Popen[bytes]
 
     def score(self, images: np.ndarray, captions: Sequence[str]) -> ScoreTable:
@@ -69,21 +73,23 @@ class Served:
 def served(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`judge up` with a real vLLM. Random weights answer anything, so no least mass is asked of them."""
     folder = tmp_path_factory.mktemp("up")
-    ready, log = folder / "ready.json", folder / "up.log"
+    ready, log, port = folder / "ready.json", folder / "up.log", free_port()
     command = [
         sys.executable, "-m", "reward_servers", "judge", "up", str(judge_folder), "--device", "cpu", "--python", PYTHON,
-        "--port", "0", "--ready-file", str(ready), "--vllm-log", str(folder / "vllm.log"), "--option", "min_mass=0",
+        "--port", "0", "--vllm-port", str(port), "--ready-file", str(ready), "--vllm-log", str(folder / "vllm.log"),
+        "--option", "min_mass=0",
         "--option", "cache_entries=0", "--option", "deadline_s=400", "--vllm-arg=--max-model-len=512",
         "--vllm-arg=--kv-cache-memory-bytes=67108864",
     ]  # fmt: skip
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        env = {**os.environ, "SALON_JUDGE_TOKEN": VLLM_KEY}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=env)
     children: list[psutil.Process] = []
     try:
         while not ready.exists():
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield Served(str(json.loads(ready.read_text())["url"]), process)
+        yield Served(str(json.loads(ready.read_text())["url"]), f"http://127.0.0.1:{port}", process)
         children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.terminate()
@@ -93,6 +99,12 @@ def served(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         process.wait()
     assert children
     assert not psutil.wait_procs(children, timeout=60)[1], "no process of vLLM outlives the judge"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def pictures_of(count: int) -> np.ndarray:
@@ -150,6 +162,22 @@ def test_what_it_says_agrees_with_the_verifier(judge_folder: Path, served: Serve
     said = served.score(np.stack(images), [spec.text for spec in specs]).column("p_yes")[0] > 0.5
     verdicts = [verify(image, spec).strict for image, spec in zip(images, specs, strict=True)]
     assert np.mean(said == np.array(verdicts)) >= 0.9
+
+
+def test_the_same_vllm_can_be_probed_with_its_key(served: Served) -> None:
+    command = [
+        sys.executable, "-m", "reward_servers", "judge", "probe", served.vllm, "--model", "judge", "--cases", "4",
+        "--no-pairs", "--min-mass", "0", "--json",
+    ]  # fmt: skip
+    env = {**os.environ, "SALON_JUDGE_TOKEN": VLLM_KEY}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    rates = json.loads(result.stdout)["rates"]
+    assert {"right", "contrast", "repeated"} <= {rate["probe"] for rate in rates}
+    assert all(rate["failed"] == 0 and rate["decided"] + rate["undecided"] > 0 for rate in rates)
+    refused = subprocess.run(command, cwd=ROOT, env={**env, "SALON_JUDGE_TOKEN": "x"}, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "Traceback" not in refused.stderr
 
 
 def test_a_training_run_learns_from_it_and_outlives_its_death(
