@@ -120,11 +120,11 @@ class _Child:
         raise ScoringError(f"scorer {self._scorer[0]!r} could not be loaded: {reason}")
 
     def ask(self, batch: ScoreBatch) -> bool:
-        """False when it is dead."""
+        """False when it is dead, or cannot be told."""
         assert self._pipe is not None
         try:
             self._pipe.send(batch)
-        except OSError:
+        except Exception:  # also of pickling: whatever is raised here would leave the others' answers in their pipes
             return False
         return True
 
@@ -143,7 +143,7 @@ class _Child:
         assert self._pipe is not None
         try:
             return self._pipe.recv()
-        except (EOFError, OSError):
+        except Exception:  # also an answer that cannot be read: a new process has an empty pipe
             return None
 
 
