@@ -20,16 +20,26 @@ twice its standard error has no half.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
+from actors.painter import Painter
 from benchmarks.learning import ROOT
 from benchmarks.measuring import first_reached, median, rising
+from cluster.evaluate import evaluate_in_process, rollout_sampling
+from contracts.config import RunConfig
+from policy.weights import load_arrays
 
+Curve = list[dict[str, float]]
 ARMS = ("cluster", "in_process")
 WORK = ROOT / "build" / "benchmarks" / "demo_time"
 PROMPTS = 400
@@ -51,14 +61,11 @@ def run(repeats: int = 10, seconds: float = 300.0, resume: bool = False) -> dict
     for seed, length in enumerate(lengths):
         order = ARMS if seed % 2 == 0 else ARMS[::-1]
         ran.append({arm: _arm(arm, seed, length, seconds) for arm in order})
-    curves = [  # after all the runs: judging takes as long, and does not mind a busy machine
-        {arm: _curve(WORK / _name(arm, seed, lengths[seed]), result) for arm, result in arms.items()}
-        for seed, arms in enumerate(ran)
-    ]
+    curves = _curves([{arm: WORK / _name(arm, seed, lengths[seed]) for arm in ARMS} for seed in range(repeats)])
     steps = [{arm: arms[arm]["steps"] for arm in ARMS} for arms in ran]
     return {
         "repeats": repeats, "lengths": lengths, "config": "configs/demo.yaml", "prompts": PROMPTS,
-        **compare(curves, whole=min(WHOLE, repeats)), "steps": steps,
+        **compare(curves, whole=min(WHOLE, repeats)), "steps_made": steps,
     }  # fmt: skip
 
 
@@ -86,40 +93,42 @@ def _threads(arm: str) -> str:
     return str(CORES) if arm == "in_process" else "1"
 
 
-def _curve(folder: Path, arm: dict[str, Any]) -> list[dict[str, float]]:
-    """Accuracy and its standard error by training seconds; judged once, then kept beside the weights."""
-    kept = folder / "curve.json"
-    if not kept.is_file():
-        kept.write_text(json.dumps(_judge(folder, arm["points"])))
-    found: list[dict[str, float]] = json.loads(kept.read_text())
-    return found
-
-
-def _judge(folder: Path, points: list[dict[str, Any]]) -> list[dict[str, float]]:
-    import torch
-    from safetensors.numpy import load_file
-
-    from actors.painter import Painter
+def _curves(seeds: list[dict[str, Path]]) -> list[dict[str, Curve]]:
+    """Of all runs, after them: judging takes as long as they do, and does not mind a busy machine."""
     from benchmarks.demo_arms import arm_config
-    from cluster.evaluate import evaluate_in_process, rollout_sampling
-    from policy.weights import load_arrays
 
-    config = arm_config("cluster", folder, seed=0, seconds=1.0, interval_s=1.0)
-    torch.set_num_threads(os.cpu_count() or 1)
-    painter, curve = Painter(config), []
-    for point in sorted(points, key=lambda point: point["seconds"]):
+    config = arm_config("cluster", WORK, seed=0, seconds=1.0, interval_s=1.0)
+    folders = [folder for arms in seeds for folder in arms.values()]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_one_thread) as pool:
+        found = dict(zip(folders, pool.map(partial(_curve, config=config, prompts=PROMPTS), folders), strict=True))
+    return [{arm: found[folder] for arm, folder in arms.items()} for arms in seeds]
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _curve(folder: Path, config: RunConfig, prompts: int) -> Curve:
+    """Accuracy and its standard error by training seconds. Judged once, point by point, and kept beside the weights."""
+    points = sorted(json.loads((folder / "arm.json").read_text())["points"], key=lambda point: point["seconds"])
+    kept = folder / "curve.json"
+    curve: Curve = json.loads(kept.read_text()) if kept.is_file() else []
+    painter = None
+    for point in points[len(curve) :]:
+        painter = painter or Painter(config)
         load_arrays(painter.policy, load_file(folder / point["file"]), point["dtypes"])
-        result = evaluate_in_process(config, painter, rollout_sampling(config), PROMPTS)
+        result = evaluate_in_process(config, painter, rollout_sampling(config), prompts)
         curve.append(
             {
                 "seconds": point["seconds"], "step": point["step"], "accuracy": result.accuracy,
                 "standard_error": result.standard_error,
             }
         )  # fmt: skip
+        kept.write_text(json.dumps(curve))
     return curve
-
-
-Curve = list[dict[str, float]]
 
 
 def compare(curves: list[dict[str, Curve]], whole: int) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def table(result: dict[str, Any]) -> str:
         "| seed | trained for, s | cluster, s to half the gain | in process, s | ratio | steps, cluster | in process |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    seeds = zip(result["rows"], result["lengths"], result["steps"], strict=True)
+    seeds = zip(result["rows"], result["lengths"], result["steps_made"], strict=True)
     for seed, (row, length, steps) in enumerate(seeds):
         cluster, in_process = (_seconds(row["half_seconds"][arm]) for arm in ARMS)
         ratio = "unknown" if row["ratio"] is None else f"{row['bound'] or ''} {row['ratio']:.2f}".strip()

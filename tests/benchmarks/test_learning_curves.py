@@ -46,7 +46,7 @@ def curve(*points: tuple[float, float], error: float = 0.01) -> list[dict[str, f
 
 def shown(found: dict[str, Any]) -> str:
     steps = [dict.fromkeys(demo_time.ARMS, 3)] * len(found["rows"])
-    return demo_time.table({**found, "steps": steps, "lengths": [300.0] * len(steps)})
+    return demo_time.table({**found, "steps_made": steps, "lengths": [300.0] * len(steps)})
 
 
 def test_half_the_clusters_gain_on_both_clocks() -> None:
