@@ -30,14 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
-
-from actors.painter import Painter
 from benchmarks.learning import ROOT
 from benchmarks.measuring import first_reached, median, rising
-from cluster.evaluate import evaluate_in_process, rollout_sampling
 from contracts.config import RunConfig
-from policy.weights import load_arrays
 
 Curve = list[dict[str, float]]
 ARMS = ("cluster", "in_process")
@@ -113,6 +108,12 @@ def _one_thread() -> None:
 
 def _curve(folder: Path, config: RunConfig, prompts: int) -> Curve:
     """Accuracy and its standard error by training seconds. Judged once, point by point, and kept beside the weights."""
+    from safetensors.numpy import load_file
+
+    from actors.painter import Painter
+    from cluster.evaluate import evaluate_in_process, rollout_sampling
+    from policy.weights import load_arrays
+
     points = sorted(json.loads((folder / "arm.json").read_text())["points"], key=lambda point: point["seconds"])
     kept = folder / "curve.json"
     curve: Curve = json.loads(kept.read_text()) if kept.is_file() else []

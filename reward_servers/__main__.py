@@ -7,13 +7,12 @@ Does not own: what the commands do (serving, bench, training, judging.cli, contr
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import click
 
 from reward_servers.judging.cli import judge
+from reward_servers.leash import die_with_parent
 from reward_servers.reporting import tell_in_one_line
 from reward_servers.training.cli import direction, train
 
@@ -52,7 +51,7 @@ def serve(name: str, options: tuple[str, ...], ready_file: str | None, parent_pi
     {"url", "pid"} is printed. The bearer token is read from SALON_REWARD_TOKEN.
     """
     if parent_pid is not None:
-        _die_with_parent(parent_pid)
+        die_with_parent(parent_pid)
     tell_in_one_line(lambda: _serve(name, options, ready_file, parent_pid, given))
 
 
@@ -142,19 +141,6 @@ def _serve(
     processes = given["processes"]
     scorer = ProcessScorer(name, options, processes) if processes else make_scorer(name, options)
     run_server(scorer, settings, token_from_environment(), ready_file, parent_pid)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Ask Linux for SIGTERM at the parent's death; elsewhere the parent-watch thread alone sees to it."""
-    import signal
-
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != parent_pid:  # it died before we asked
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +26,7 @@ from contracts.scores import ScoreTable
 from reward_servers.client.tables import join
 from reward_servers.construct import make_scorer
 from reward_servers.isolation import describe, score_isolated
+from reward_servers.leash import die_with_parent
 from reward_servers.memory import keep_freed_memory
 from reward_servers.scorers.base import ScoreBatch, Scorer
 
@@ -196,10 +196,4 @@ def _depend_on(parent_pid: int) -> None:
     """Signals to the group are the parent's business: it drains, and when it has ended this process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere its pipe ends, which it sees after the present batch
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
+    die_with_parent(parent_pid, signal.SIGKILL)  # outside Linux its pipe ends, which it sees after the present batch

@@ -30,6 +30,7 @@ import numpy as np
 
 from contracts.config.judges import JudgeOptions
 from contracts.errors import ConfigError, ScoringError
+from reward_servers import leash
 from reward_servers.client.endpoint import AttemptFailed
 from reward_servers.judging import shared_memory
 from reward_servers.judging.judge import Judge
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 CPU_BUILD = Path(__file__).resolve().parents[2] / ".cache" / "vllm_cpu"
 """Where reward_servers/vllm_cpu/install.sh puts vLLM."""
-_LEASH = Path(__file__).with_name("leash.py")
 _LOG_LINES = 25
 _CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32")
 
@@ -112,7 +112,7 @@ class VllmServer:
         self._log_path = Path(given).absolute() if given else folder / "vllm.log"
         with self._log_path.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, str(_LEASH), str(os.getpid()), *self.command(), stdin=asyncio.subprocess.DEVNULL,
+                sys.executable, leash.__file__, str(os.getpid()), *self.command(), stdin=asyncio.subprocess.DEVNULL,
                 stdout=output, stderr=output, cwd=folder, env=self._child_env(), start_new_session=True,
             )  # fmt: skip
         try:

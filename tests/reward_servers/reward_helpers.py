@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -55,6 +56,13 @@ class Picky(MeanScorer):
         values = table.values.copy()
         values[batch.images[:, 0, 0, 0] == 14] = np.nan
         return self.table(values)
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def mean_and_first(images: np.ndarray) -> np.ndarray:

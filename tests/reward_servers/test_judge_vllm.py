@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from reward_helpers import read_table, score_body
+from reward_helpers import free_port, read_table, score_body
 
 from contracts.scores import ScoreTable
 from reward_servers.judging.vllm import find_python
@@ -99,12 +98,6 @@ def served(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         process.wait()
     assert children
     assert not psutil.wait_procs(children, timeout=60)[1], "no process of vLLM outlives the judge"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def pictures_of(count: int) -> np.ndarray:

@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from reward_helpers import pictures, post, score_body
+from reward_helpers import free_port, pictures, post, score_body
 
 from cluster.cli import main
 from cluster.deployed.deployments import Deployment, deploy, listing, remove
@@ -46,12 +45,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"did not happen in {seconds:g} s: {listing()}"
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def up(name: str, scorer: str, **options: Any) -> str:
