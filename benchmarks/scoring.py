@@ -46,7 +46,7 @@ class Case:
     """
 
     scorer: str
-    rounds: int = 8
+    rounds: int = 32
     processes: int = 0
 
     @property

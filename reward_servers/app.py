@@ -107,7 +107,7 @@ class Service:
         self._admit()
         wait = min(job.header.deadline_s or math.inf, self.settings.max_seconds)
         try:
-            futures = self.batcher.submit(job.batches, asyncio.get_running_loop().time() + wait)
+            futures = self.batcher.submit(job.batches, time.monotonic() + wait)
         except QueueFull as error:
             raise Refusal(429, str(error), error.retry_after_s) from error
         tables = await _results(request, futures, wait)

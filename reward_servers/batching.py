@@ -1,7 +1,8 @@
 """Dynamic batching: images of many requests in one call of the scorer.
 
 Invariant: at most `capacity` images wait; every accepted piece of work ends with a table or is dropped because nobody
-waits for it any more. The scorer runs in one thread of its own, so the event loop stays free to answer probes.
+waits for it any more. The scorer runs in one thread of its own, so the event loop stays free to answer probes. While it
+scores, the next batch is handed to that thread as soon as it is full, so that the thread need not wait for the loop.
 Does not own: HTTP (app), what happens within a call (isolation).
 """
 
@@ -12,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +22,9 @@ from contracts.scores import ScoreTable
 from reward_servers.client.tables import take
 from reward_servers.isolation import score_isolated
 from reward_servers.scorers.base import ScoreBatch, Scorer
+
+_CALLS = 2
+"""That the scorer's thread is given: the present one and the next."""
 
 
 class QueueFull(Exception):
@@ -32,7 +37,7 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class Work:
-    """Images of one size from one request. deadline: event-loop time after which nobody waits."""
+    """Images of one size from one request. deadline: by time.monotonic(), after which nobody waits."""
 
     batch: ScoreBatch
     deadline: float
@@ -45,12 +50,17 @@ class Work:
         inputs = self.batch.inputs
         return (inputs.shape[1:], inputs.dtype, self.batch.latents is None, self.batch.want_gradients)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for it."""
+        return not self.result.done() and self.deadline > time.monotonic()
+
 
 class Batcher:
     """A bounded queue in front of one scorer.
 
     joins: whether images of several requests may share a call (scorers of whole groups compare within one request).
-    on_batch(num_images, seconds): told after each call.
+    on_batch(num_images, seconds): told after each call, in the scorer's thread.
     """
 
     def __init__(
@@ -66,31 +76,35 @@ class Batcher:
         self._joins = not scorer.declares.needs_group
         self._on_batch = on_batch
         self._queue: deque[Work] = deque()
-        self._arrival = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._calls: deque[list[Work]] = deque()
+        """What the thread was given: the works it scores, and those of its next call."""
+        self._change = asyncio.Event()
+        self._thread = ThreadPoolExecutor(_CALLS if scorer.overlaps else 1, thread_name_prefix="scorer")
         self._seconds_per_image = 0.0
-        self._busy_since: float | None = None
-        self._in_call = 0
+        self._starts: deque[float] = deque()
+        self._last_end = 0.0
         self.draining = False
 
     @property
     def depth(self) -> int:
         """Images waiting that somebody still waits for."""
-        return sum(len(work.batch) for work in self._queue if not work.result.done())
+        following = [work for works in list(self._calls)[1:] for work in works]
+        return sum(len(work.batch) for work in (*self._queue, *following) if not work.result.done())
 
     @property
     def held(self) -> int:
         """Images waiting or being scored: what autoscaling counts, as it does not fall while the scorer works."""
-        return self.depth + self._in_call
+        return self.depth + sum(len(work.batch) for work in (self._calls[0] if self._calls else ()))
 
     @property
     def idle(self) -> bool:
-        return not self._queue and self._busy_since is None
+        return not self._queue and not self._calls
 
     @property
     def busy_seconds(self) -> float:
         """How long the present call of the scorer has been running."""
-        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+        starts = list(self._starts)
+        return time.monotonic() - max(starts[0], self._last_end) if starts else 0.0
 
     def retry_after_s(self) -> float:
         """Seconds until about half of the queue is served, 1 to 30."""
@@ -102,9 +116,9 @@ class Batcher:
         if self.depth + sum(map(len, batches)) > self.capacity:
             raise QueueFull(self.retry_after_s())
         loop = asyncio.get_running_loop()
-        works = [Work(batch, deadline, loop.time(), loop.create_future()) for batch in batches]
+        works = [Work(batch, deadline, time.monotonic(), loop.create_future()) for batch in batches]
         self._queue.extend(works)
-        self._arrival.set()
+        self._change.set()
         return [work.result for work in works]
 
     async def call(self, function: Callable[[], ScoreTable | None]) -> ScoreTable | None:
@@ -113,15 +127,16 @@ class Batcher:
 
     async def run(self) -> None:
         """Serve the queue until cancelled."""
-        while True:
-            works = await self._gather()
-            if works:
-                await self._score(works)
+        async with asyncio.TaskGroup() as calls:
+            while True:
+                works = await self._gather()
+                self._calls.append(works)
+                calls.create_task(self._score(works))
 
     async def drain(self, seconds: float) -> bool:
         """Wait until all accepted work is done; False when it takes longer."""
         self.draining = True
-        self._arrival.set()
+        self._change.set()
         deadline = time.monotonic() + seconds
         while not self.idle and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -132,28 +147,29 @@ class Batcher:
 
     async def _gather(self) -> list[Work]:
         """The works of the next call: the oldest, and those that may join it, waiting a little for company."""
-        while not self._queue:
-            self._arrival.clear()
-            await self._arrival.wait()
+        while True:
             self._drop_abandoned()
-        loop = asyncio.get_running_loop()
-        due = self._queue[0].arrived + self._max_wait_s
-        while self._joins and not self.draining and self._full_enough() < self._max_batch and loop.time() < due:
-            self._arrival.clear()
-            try:
-                await asyncio.wait_for(self._arrival.wait(), due - loop.time())
-            except TimeoutError:
-                break
-        self._drop_abandoned()
-        return self._take()
+            if (wait := self._seconds_to_wait()) == 0:
+                return self._take()
+            self._change.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._change.wait(), wait)
+
+    def _seconds_to_wait(self) -> float | None:
+        """Until the next call can be made up. 0: now; None: not before something changes."""
+        if not self._queue or len(self._calls) == _CALLS:
+            return None
+        if not self._joins or self._full_enough() >= self._max_batch:
+            return 0
+        if self._calls:  # the thread is busy: what comes meanwhile may still join
+            return None
+        return 0 if self.draining else max(0.0, self._queue[0].arrived + self._max_wait_s - time.monotonic())
 
     def _full_enough(self) -> int:
-        key = self._queue[0].key if self._queue else None
-        return sum(len(work.batch) for work in self._queue if work.key == key)
+        """Images that may share the next call."""
+        return sum(len(work.batch) for work in self._queue if work.key == self._queue[0].key)
 
     def _take(self) -> list[Work]:
-        if not self._queue:
-            return []
         chosen = [self._queue.popleft()]
         if not self._joins:
             return chosen
@@ -167,25 +183,39 @@ class Batcher:
 
     def _drop_abandoned(self) -> None:
         """Work whose caller has gone or whose deadline has passed costs the scorer nothing."""
-        now = asyncio.get_running_loop().time()
-        for work in [work for work in self._queue if work.result.done() or work.deadline <= now]:
+        for work in [work for work in self._queue if not work.wanted]:
             self._queue.remove(work)
-            if not work.result.done():
-                work.result.set_exception(TimeoutError("the deadline passed in the queue"))
+            _expire(work)
 
     async def _score(self, works: list[Work]) -> None:
-        self._busy_since = start = time.monotonic()
-        self._in_call = num_images = sum(len(work.batch) for work in works)
         try:
-            table = await self.call(lambda: self._fresh_table(_joined([work.batch for work in works])))
-            assert table is not None
-            _hand_out(works, table)
+            live, table = await asyncio.get_running_loop().run_in_executor(self._thread, self._call, works)
+            if table is not None:
+                _hand_out(live, table)
+            for work in works:
+                _expire(work)
         except Exception as error:  # a defect of this server, not of the scorer: its callers get 500, the rest goes on
             for work in works:
                 if not work.result.done():
                     work.result.set_exception(error)
         finally:
-            seconds, self._busy_since, self._in_call = time.monotonic() - start, None, 0
+            self._calls.remove(works)
+            self._change.set()
+
+    def _call(self, works: list[Work]) -> tuple[list[Work], ScoreTable | None]:
+        """In the scorer's thread: those of the works that are still wanted, and their table."""
+        live = [work for work in works if work.wanted]
+        if not live:
+            return live, None
+        num_images = sum(len(work.batch) for work in live)
+        start = time.monotonic()
+        self._starts.append(start)
+        try:
+            return live, self._fresh_table(_joined([work.batch for work in live]))
+        finally:
+            self._starts.remove(start)
+            end = time.monotonic()
+            seconds, self._last_end = end - max(start, self._last_end), end  # of overlapping calls, the second's own
             self._seconds_per_image = 0.7 * self._seconds_per_image + 0.3 * seconds / num_images
             self._on_batch(num_images, seconds)
 
@@ -207,6 +237,12 @@ def _joined(batches: list[ScoreBatch]) -> ScoreBatch:
         np.concatenate(latents) if latents else None,
         batches[0].want_gradients,
     )
+
+
+def _expire(work: Work) -> None:
+    """Tell whoever still waits that it is too late."""
+    if not work.result.done():
+        work.result.set_exception(TimeoutError("the deadline passed in the queue"))
 
 
 def _hand_out(works: list[Work], table: ScoreTable) -> None:

@@ -1,9 +1,10 @@
 """A scorer that runs in processes of its own, beside the server's (`serve --processes N`).
 
 For scorers that are mostly Python: in the server's process they share the interpreter lock with its HTTP side, and can
-use one core. A batch is cut into N parts, scored at once and joined. A process that dies (foreign code that crashes,
-the kernel short of memory) is started again; the batch is then tried image by image, so that only the image that does
-it fails. Invariant: no process outlives the server, however that ends.
+use one core. A batch is cut into N parts, scored at once and joined; the next batch may be handed in meanwhile, so that
+no process waits for its parent. One that dies (foreign code that crashes, the kernel short of memory) is started again;
+its batches are then tried image by image, so that only the image that does it fails. Invariant: no process outlives the
+server, however that ends.
 
 Pickles go through pipes between this process and its children, never over a network.
 Does not own: batches and failures of single images (batching, isolation).
@@ -14,12 +15,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import Any
 
 from contracts.errors import ConfigError, ScoringError
 from contracts.scores import ScoreTable
@@ -32,6 +32,8 @@ from reward_servers.scorers.base import ScoreBatch, Scorer
 
 Observation = tuple[str, float, dict[str, str]]
 Answer = tuple[ScoreTable, list[Observation]]
+_TRIES = 8
+"""Of a batch, while processes die of others' images."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,19 @@ class ProcessScorer(Scorer):
     served or depend on something else: their state would be in several places.
     """
 
+    overlaps = True
+
     def __init__(self, name: str, options: Sequence[str], processes: int) -> None:
         plain = make_scorer(name, options)  # never loaded: what it declares, and every mistake in its options
         _check(plain, processes)
         self.declares = plain.declares  # type: ignore[misc]
         self.name = plain.name
-        self._children = [_Child(name, tuple(options)) for _ in range(processes)]
+        self._what, self._processes = (name, tuple(options)), processes
+        self._children: list[_Child] = []
         self._canary: ScoreBatch | None = None
 
     def load(self) -> None:
-        for child in self._children:
-            child.start()
+        self._children = [_Child(*self._what) for _ in range(self._processes)]
         for found in [child.loaded() for child in self._children]:
             self.version, self.weight_digest, self.paper = found.version, found.weight_digest, found.paper
             self.higher_is_better, self.value_range = found.higher_is_better, found.value_range
@@ -74,77 +78,101 @@ class ProcessScorer(Scorer):
 
     def score(self, batch: ScoreBatch) -> ScoreTable:
         """Raises ScoringError when a process died of it; a new one is there then."""
-        parts = _cut(batch, len(self._children))
-        busy = [(child, child.ask(part)) for child, part in zip(self._children, parts, strict=False)]
-        answers = [child.answer() if asked else None for child, asked in busy]
-        dead = [child for (child, _), answer in zip(busy, answers, strict=True) if answer is None]
-        for child in dead:
-            child.start()
-        for child in dead:
-            child.loaded()
-        if dead:
+        asked = [(child, child.ask(part), part) for child, part in zip(self._children, self._cut(batch), strict=False)]
+        answers = [child.answer(question, part) for child, question, part in asked]
+        if None in answers:
             raise ScoringError("the scoring process died")
         found = [answer for answer in answers if answer is not None]
         for name, value, labels in (each for _, observations in found for each in observations):
             self.meter(name, value, **labels)
         return join([table for table, _ in found])
 
+    def _cut(self, batch: ScoreBatch) -> list[ScoreBatch]:
+        """A part of nearly equal size for each process, none empty."""
+        number = min(self._processes, len(batch))
+        ends = [len(batch) * part // number for part in range(number + 1)]
+        return [batch.rows(slice(start, end)) for start, end in pairwise(ends)]
+
     def close(self) -> None:
         for child in self._children:
             child.kill()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A question to a pool. answer: None where the pool was broken already; before: the question that it waits for."""
+
+    pool: ProcessPoolExecutor
+    answer: Future[Answer] | None
+    before: Future[Answer] | None
+
+    def killed(self) -> bool:
+        """Once its pool is broken: whether the process was at it, or could have been."""
+        waited = self.before is not None and isinstance(self.before.exception(), BrokenExecutor)
+        return self.answer is not None and not waited
+
+
 class _Child:
-    """One process with the scorer in it. `start` again replaces it."""
+    """A pool of one process with the scorer in it. Its pipe holds what is asked next while the process scores."""
 
     def __init__(self, name: str, options: tuple[str, ...]) -> None:
         self._scorer = (name, options)
-        self._process: BaseProcess | None = None
-        self._pipe: Connection | None = None
-
-    def start(self) -> None:
-        """From a thread that lasts as long as the server: Linux ends the process with the thread that started it."""
-        self.kill()
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(theirs, os.getpid(), *self._scorer), daemon=True)
-        self._process.start()
-        theirs.close()  # so that its end is seen here
+        self._asking = threading.Lock()
+        self._last: Future[Answer] | None = None
+        self._pool, self._telling = self._started()
 
     def loaded(self) -> Loaded:
         """Waits for it. Raises ScoringError with the reason when it could not load."""
-        found = self._receive()
+        try:
+            found = self._telling.result()
+        except BrokenExecutor:
+            found = "its process died while it loaded"
         if isinstance(found, Loaded):
             return found
-        reason = found or "its process died while it loaded"
-        raise ScoringError(f"scorer {self._scorer[0]!r} could not be loaded: {reason}")
+        raise ScoringError(f"scorer {self._scorer[0]!r} could not be loaded: {found}")
 
-    def ask(self, batch: ScoreBatch) -> bool:
-        """False when it is dead, or cannot be told."""
-        assert self._pipe is not None
-        try:
-            self._pipe.send(batch)
-        except Exception:  # also of pickling: whatever is raised here would leave the others' answers in their pipes
-            return False
-        return True
+    def ask(self, batch: ScoreBatch) -> _Asked:
+        with self._asking:
+            pool, before = self._pool, self._last
+            try:
+                self._last = pool.submit(_score, batch)
+            except BrokenExecutor:
+                return _Asked(pool, None, None)
+            return _Asked(pool, self._last, before)
 
-    def answer(self) -> Answer | None:
-        """None when it died of it."""
-        found: Answer | None = self._receive()
-        return found
+    def answer(self, asked: _Asked, batch: ScoreBatch) -> Answer | None:
+        """None when the process died of it; what only waited in a process that died is asked again."""
+        for _ in range(_TRIES):
+            try:
+                if asked.answer is not None:
+                    return asked.answer.result()
+            except BrokenExecutor:
+                pass
+            self._replace(asked.pool)
+            if asked.killed():
+                break
+            asked = self.ask(batch)
+        return None
+
+    def _replace(self, broken: ProcessPoolExecutor) -> None:
+        """A new process in the place of one that died, unless another thread has seen to it."""
+        with self._asking:
+            if self._pool is broken:
+                self.kill()
+                self._last = None
+                self._pool, self._telling = self._started()
+                self.loaded()
 
     def kill(self) -> None:
-        if self._process is not None and self._pipe is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown(cancel_futures=True)
 
-    def _receive(self) -> Any:
-        assert self._pipe is not None
-        try:
-            return self._pipe.recv()
-        except Exception:  # also an answer that cannot be read: a new process has an empty pipe
-            return None
+    def _started(self) -> tuple[ProcessPoolExecutor, Future[Loaded | str]]:
+        """From a thread that lasts as long as the server: Linux ends the process with the thread that started it."""
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(1, spawn, initializer=_load, initargs=(os.getpid(), *self._scorer))
+        return pool, pool.submit(_tell)
 
 
 def _check(scorer: Scorer, processes: int) -> None:
@@ -156,40 +184,45 @@ def _check(scorer: Scorer, processes: int) -> None:
         raise ConfigError("processes", f"{scorer.name} compares the images of a whole group", "use --processes 1")
 
 
-def _cut(batch: ScoreBatch, number: int) -> list[ScoreBatch]:
-    """At most `number` parts of nearly equal size, none empty."""
-    number = min(number, len(batch))
-    ends = [len(batch) * part // number for part in range(number + 1)]
-    return [batch.rows(slice(start, end)) for start, end in pairwise(ends)]
-
-
 # ---- in the child ------------------------------------------------------------------------------------------------
 
+_loaded_here: Scorer | str
+"""The scorer of this process, or why there is none."""
+_observed: list[Observation] = []
 
-def _work(pipe: Connection, parent_pid: int, name: str, options: tuple[str, ...]) -> None:
-    """Load, then score what comes, until the parent has gone."""
+
+def _load(parent_pid: int, name: str, options: tuple[str, ...]) -> None:
+    global _loaded_here
     _depend_on(parent_pid)
     keep_freed_memory()
-    observed: list[Observation] = []
     try:
         scorer = make_scorer(name, options)
-        scorer.meter = lambda name, value, **labels: observed.append((name, value, labels))
+        scorer.meter = lambda name, value, **labels: _observed.append((name, value, labels))
         scorer.load()
-        loaded = Loaded(
+        _loaded_here = scorer
+    except (Exception, SystemExit) as error:  # as text: what foreign code raises may not survive its pickling
+        _loaded_here = describe(error)
+
+
+def _tell() -> Loaded | str:
+    """What the parent must know of the scorer, or why it could not be loaded."""
+    if isinstance(_loaded_here, str):
+        return _loaded_here
+    scorer = _loaded_here
+    try:
+        return Loaded(
             scorer.version, scorer.weight_digest, scorer.paper, scorer.higher_is_better, scorer.value_range,
             scorer.canary(),
         )  # fmt: skip
-    except (Exception, SystemExit) as error:  # as text: what foreign code raises may not survive its pickling
-        pipe.send(describe(error))
-        return
-    try:
-        pipe.send(loaded)
-        while True:
-            batch = pipe.recv()
-            observed.clear()
-            pipe.send((score_isolated(scorer, batch), observed))
-    except (EOFError, OSError):
-        return
+    except (Exception, SystemExit) as error:
+        return describe(error)
+
+
+def _score(batch: ScoreBatch) -> Answer:
+    if isinstance(_loaded_here, str):
+        os._exit(1)  # so that it is started again, and may find what it lacked
+    _observed.clear()
+    return score_isolated(_loaded_here, batch), list(_observed)
 
 
 def _depend_on(parent_pid: int) -> None:

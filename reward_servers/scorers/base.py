@@ -74,7 +74,7 @@ def no_meter(name: str, value: float, **labels: str) -> None:
 
 
 class Scorer(ABC):
-    """One member of the jury. `score` is called from one thread at a time.
+    """One member of the jury. `score` is called from one thread at a time, unless it `overlaps`.
 
     Whatever `score` raises becomes a FAILED entry of the image that caused it: raise freely, never invent a number.
     """
@@ -87,6 +87,7 @@ class Scorer(ABC):
     value_range: tuple[float | None, float | None] = (None, None)
     weight_digest: str = ""
     follows: ClassVar[bool] = False  # its weights come in versions: `refresh` takes up the newest
+    overlaps: ClassVar[bool] = False  # its next call may begin, in another thread, while one is being answered
     meter: Meter = staticmethod(no_meter)
     """Counts into the server's /metrics: `self.meter("salon_judge_tokens_total", 12, direction="read")`."""
 

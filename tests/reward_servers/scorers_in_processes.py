@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 
@@ -45,6 +46,17 @@ class Unloadable(Telling):
 
     def load(self) -> None:
         raise Unpicklable("weights", "none")
+
+
+class Needy(Telling):
+    """Cannot be loaded while a file is away."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def load(self) -> None:
+        super().load()
+        Path(self.file).read_text()
 
 
 class Following(Telling):
