@@ -5,7 +5,7 @@ Whenever another `kill_every` requests are answered, one server is killed and st
 never: its memory tells whether serving makes a server grow. Every request must come back exactly once, as a table with
 an outcome for each image, every score that of its own image, and every other entry with a reason.
 
-    python -m benchmarks soak jury [--requests 100000]
+    python -m benchmarks soak jury [--requests 100000] [--write-docs]
 
 Does not own: faults of a whole run (soak.py), retries and outcomes (reward_servers.client).
 """
@@ -17,6 +17,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ import click
 import numpy as np
 import psutil
 
+from benchmarks.learning import ROOT
+from benchmarks.soak_report import measured_on, replace_between_markers
 from contracts.config.scoring import ScorerConfig
 from contracts.scores import Outcome, ScoreTable
 from reward_servers.client import RewardClient, ServerProcess
@@ -78,19 +81,29 @@ class Shower:
     seconds: float = 0.0
 
 
-def soak(requests: int, kills: int, servers: int = 3, callers: int = 16, seed: int = 0) -> Shower:
+def soak(
+    requests: int,
+    kills: int,
+    servers: int = 3,
+    callers: int = 16,
+    seed: int = 0,
+    on_kill: Callable[[Shower], None] = lambda so_far: None,
+) -> Shower:
     """Send `requests` requests and kill a server `kills` times on the way. Raises Broken."""
     started = [Server() for _ in range(servers)]
     try:
-        return asyncio.run(_Soak(started, requests, kills, callers, seed).run())
+        return asyncio.run(_Soak(started, requests, kills, callers, seed, on_kill).run())
     finally:
         for server in started:
             server.stop()
 
 
 class _Soak:
-    def __init__(self, servers: list[Server], requests: int, kills: int, callers: int, seed: int) -> None:
-        self.servers, self.kills, self.callers = servers, kills, callers
+    def __init__(
+        self, servers: list[Server], requests: int, kills: int, callers: int, seed: int,
+        on_kill: Callable[[Shower], None],
+    ) -> None:  # fmt: skip
+        self.servers, self.kills, self.callers, self.on_kill = servers, kills, callers, on_kill
         self.rng = np.random.default_rng(seed)
         self.images = self.rng.integers(0, 256, (PICTURES, SIZE, SIZE, 3), dtype=np.uint8)
         batch = ScoreBatch(self.images, ("",) * PICTURES, ({},) * PICTURES)
@@ -142,6 +155,7 @@ class _Soak:
             while self.seen.answered < (number + 1) * self.seen.requests / (self.kills + 1):
                 await asyncio.sleep(0.02)
             self.seen.megabytes.append(round(self.servers[0].megabytes, 1))
+            self.on_kill(self.seen)
             victim = self.servers[1 + number % (len(self.servers) - 1)]
             self.seen.recovered_s.append(round(await asyncio.to_thread(victim.kill_and_restart), 2))
         self.seen.megabytes.append(round(self.servers[0].megabytes, 1))
@@ -153,18 +167,40 @@ class _Soak:
 @click.option("--servers", type=click.IntRange(min=2), default=3, show_default=True)
 @click.option("--callers", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def command(**options: Any) -> None:
+@click.option("--write-docs", "write_docs", is_flag=True, help="write the table into docs/reliability.md")
+def command(requests: int, write_docs: bool, **options: Any) -> None:
     """Requests to reward servers while servers are killed."""
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
+    columns = TextColumn("requests answered"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        seen = soak(**options)
+        with Progress(*columns) as progress:
+            task = progress.add_task("", total=requests)
+            seen = soak(requests, on_kill=lambda so_far: progress.update(task, completed=so_far.answered), **options)
+            progress.update(task, completed=seen.answered)
     except Broken as broken:
         raise click.ClickException(str(broken)) from broken
     table = Table(show_header=False, title="reward servers under fire", title_justify="left")
+    for what, value in rows(seen):
+        table.add_row(what, value)
+    Console().print(table)
+    if write_docs:
+        lines = [
+            f"{measured_on()}, {options['servers']} servers, {options['callers']} callers:",
+            "",
+            "| | |",
+            "|---|---|",
+        ]
+        lines += [f"| {what} | {value} |" for what, value in rows(seen)]
+        replace_between_markers(ROOT / "docs" / "reliability.md", "jury", "\n".join(lines))
+
+
+def rows(seen: Shower) -> list[tuple[str, str]]:
+    """What was seen, in words."""
     recovered = sorted(seen.recovered_s)
-    for what, value in (
+    return [
         ("requests, all answered once", f"{seen.answered}"),
         ("images by outcome", ", ".join(f"{name} {number}" for name, number in seen.scores.items())),
         ("failed attempts", ", ".join(f"{name} {number}" for name, number in seen.failures.items()) or "none"),
@@ -172,11 +208,15 @@ def command(**options: Any) -> None:
         ("kills", str(len(recovered))),
         ("from death to ready, s", f"{recovered[len(recovered) // 2]} (median), {recovered[-1]} (longest)"
          if recovered else ""),
-        ("memory of the server never killed, MB", f"{seen.megabytes[0]} to {seen.megabytes[-1]}"),
+        ("memory of the server never killed, MB", f"{seen.megabytes[0]} to {seen.megabytes[-1]}, {_growth(seen)}"),
         ("requests a second", f"{seen.answered / seen.seconds:.0f}"),
-    ):  # fmt: skip
-        table.add_row(what, value)
-    Console().print(table)
+    ]  # fmt: skip
+
+
+def _growth(seen: Shower) -> str:
+    """Of its memory since a quarter of the kills: what a process fills at its start is no leak."""
+    settled = seen.megabytes[len(seen.megabytes) // 4 :]
+    return f"{max(settled) - settled[0]:+.1f} at most since the first quarter"
 
 
 def main(arguments: list[str]) -> None:

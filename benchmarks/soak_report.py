@@ -131,20 +131,30 @@ def show(notes: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_docs(notes: Mapping[str, Any], folder: Path, page: Path, *, quiet: bool) -> None:
-    """Replace what stands between the page's markers."""
-    name = "quiet" if quiet else "soak"
+    """Replace what the page says of the soak."""
+    replace_between_markers(page, "quiet" if quiet else "soak", as_markdown(notes, folder))
+
+
+def replace_between_markers(page: Path, name: str, body: str) -> None:
+    """What stands between the markers `<!-- name:begin -->` and `<!-- name:end -->`. Raises ValueError without them."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = page.read_text()
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{as_markdown(notes, folder)}\n{end}{after}")
+    before, found, rest = page.read_text().partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not (found and also_found):
+        raise ValueError(f"{page} has no markers {name}:begin and {name}:end")
+    page.write_text(f"{before}{begin}\n{body}\n{end}{after}")
+
+
+def measured_on() -> str:
+    """Date and machine, as a sentence begins."""
+    return f"Measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores ({platform.machine()})"
 
 
 def as_markdown(notes: Mapping[str, Any], folder: Path) -> str:
     """Machine, length, tables."""
     hours = notes["seconds"] / 3600
     lines = [
-        f"Measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores ({platform.machine()}), seed {notes['seed']}: "
+        f"{measured_on()}, seed {notes['seed']}: "
         f"{len(notes['faults'])} faults in {hours:.1f} h, the books looked at {notes['looks']} times, at most "
         f"{notes['most_live']} groups live.",
     ]
