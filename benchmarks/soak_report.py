@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults import FAULTS, fault_name
+from cluster.report.view import histogram_increments
 
 Rows = list[list[str]]
 
@@ -63,8 +64,8 @@ def mb_an_hour(points: Sequence[tuple[float, float]]) -> float:
 def timing_rows(folder: Path) -> Rows:
     """Checkpoints and resumes of the run, from its events and metrics."""
     events = _lines(folder / "events.jsonl")
-    metrics = _lines(folder / "metrics.jsonl")
-    stalls = [row["checkpoint_stall_seconds/mean"] for row in metrics if "checkpoint_stall_seconds/mean" in row]
+    increments = histogram_increments(_lines(folder / "metrics.jsonl"), "checkpoint_stall_seconds")
+    stalls = [mean for _, checkpoints, mean in increments for _ in range(checkpoints)]
     series = {
         "checkpoint, from its begin to its end": [e["seconds"] for e in events if e["event"] == "checkpoint"],
         "stall of the learner's step by a checkpoint": stalls,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.report import plots
 from cluster.report.plots import Bars, Line
-from cluster.report.view import Row, RunView
+from cluster.report.view import Row, RunView, histogram_increments
 
 PHASE_NAMES = {
     "wait_for_groups": "waiting for groups", "wait_for_prompt": "waiting for prompts",
@@ -216,20 +216,9 @@ def _increments(views: Sequence[RunView], histogram: str) -> list[Line]:
 
 
 def _mean_increments(view: RunView, histogram: str) -> tuple[list[float], list[float]]:
-    """Mean of a histogram's observations between rows, from its running mean and count."""
-    steps, means = [], []
-    count, total = 0.0, 0.0
-    for row in view.rows:
-        now, mean = row.get(f"{histogram}/count"), row.get(f"{histogram}/mean")
-        if now is None or mean is None:
-            continue
-        if now < count:  # a process that started anew
-            count, total = 0.0, 0.0
-        if now > count:
-            steps.append(float(row["step"]))
-            means.append(max(0.0, (now * mean - total) / (now - count)))
-        count, total = now, now * mean
-    return steps, means
+    """(steps, means) of a histogram's observations between rows."""
+    found = histogram_increments(view.rows, histogram)
+    return [float(row["step"]) for row, _, _ in found], [mean for _, _, mean in found]
 
 
 def _keys(views: Sequence[RunView], prefix: str) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -231,6 +231,25 @@ def lineage(rows: list[Row]) -> list[Row]:
             kept.pop()
         kept.append(row)
     return kept
+
+
+def histogram_increments(rows: Iterable[Row], name: str) -> list[tuple[Row, int, float]]:
+    """(row, observations since the row before, their mean), where there were any.
+
+    Rows tell of a histogram what its process has seen since its start: `name/count`, and `name/mean` of all of them.
+    A process that started anew counts from zero; a row without the histogram is of one that has seen nothing yet.
+    """
+    found = []
+    count, total = 0, 0.0
+    for row in rows:
+        now = int(row.get(f"{name}/count") or 0)
+        seen = now * float(row.get(f"{name}/mean") or 0.0)
+        if now < count:
+            count, total = 0, 0.0
+        if now > count:
+            found.append((row, now - count, max(0.0, (seen - total) / (now - count))))
+        count, total = now, seen
+    return found
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

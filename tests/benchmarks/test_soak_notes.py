@@ -97,12 +97,18 @@ def test_times_of_checkpoints_and_resumes_come_from_the_runs_own_record(tmp_path
         {"event": "started", "seconds": 4.0}, {"event": "learner_rebuilt", "seconds": 3.0},
     ]  # fmt: skip
     (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"event": "che')
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"checkpoint_stall_seconds/mean": 0.01}) + "\n")
-    rows = {row[0].partition(",")[0]: row[1:] for row in timing_rows(tmp_path)}
-    assert rows["checkpoint"] == ["1", "0.500", "0.500"]
-    assert rows["stall of the learner's step by a checkpoint"] == ["1", "0.010", "0.010"]
-    assert rows["resume"] == ["1", "4.000", "4.000"]
-    assert rows["rebuild of the learner's ranks"] == ["1", "3.000", "3.000"]
+    seen = [(0, None), (1, 0.01), (1, 0.01), (3, 0.03), (0, None), (1, 0.05), (1, 0.05)]  # (0, None): started anew
+    rows = [
+        {f"checkpoint_stall_seconds/{key}": value for key, value in (("count", n), ("mean", mean)) if value}
+        for n, mean in seen
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = {row[0].partition(",")[0]: row[1:] for row in timing_rows(tmp_path)}
+    assert told["checkpoint"] == ["1", "0.500", "0.500"]
+    stalls = [0.01, 0.04, 0.04, 0.05]  # one a checkpoint: 0.01, two whose mean makes 0.03 of all three, 0.05
+    assert told["stall of the learner's step by a checkpoint"] == ["4", "0.040", f"{max(stalls):.3f}"]
+    assert told["resume"] == ["1", "4.000", "4.000"]
+    assert told["rebuild of the learner's ranks"] == ["1", "3.000", "3.000"]
 
 
 def test_the_share_of_telemetry_is_the_one_that_was_benchmarked(tmp_path: Path) -> None:
