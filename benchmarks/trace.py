@@ -110,14 +110,14 @@ def _receive(telemetry: Telemetry, actor: str, group: int) -> None:
     telemetry.count("salon_images_painted_total", 16)
     for phase in ("paint", "store", "wait_for_weights"):
         telemetry.phase("actor", phase, 0.5)
-    telemetry.spans(
-        [_span(actor, name) for name in ("take weights", "paint", "decode", "store")], group=group, version=1
-    )
+    of_actor = [_span(actor, name) for name in ("take weights", "paint", "decode", "store")]
+    telemetry.spans([*of_actor, _span("vault-0", "store")], group=group, version=1)
     telemetry.event("weights_proven", actor=actor, version=1, digest="0" * 32, canary_to_current=0.0, load_seconds=0.1)
     for name in SCORERS:
         telemetry.observe("salon_score_seconds", 0.1, scorer=name)
         telemetry.count("salon_score_outcomes_total", 16, scorer=name, outcome="ok")
-    telemetry.spans([_span(f"scorer {name}", "score") for name in SCORERS], group=group)
+    of_scorers = [_span(f"scorer {name}", "score") for name in SCORERS]
+    telemetry.spans([_span("dispatcher", "score group"), *of_scorers], group=group)
 
 
 def _span(lane: str, name: str) -> Span:

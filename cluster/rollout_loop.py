@@ -258,7 +258,8 @@ class RolloutLoop:
         telemetry.phase("actor", "paint", receipt.paint_seconds)
         telemetry.phase("actor", "store", receipt.store_seconds)
         telemetry.phase("actor", "wait_for_weights", receipt.wait_weights_seconds)
-        telemetry.spans(receipt.spans, group=task.group_id, version=receipt.weight_version)
+        at_vault = [span.model_copy(update={"lane": receipt.vault}) for span in receipt.spans if span.name == "store"]
+        telemetry.spans((*receipt.spans, *at_vault), group=task.group_id, version=receipt.weight_version)
         if receipt.proof is not None:
             telemetry.observe("salon_weight_load_seconds", receipt.proof.load_seconds, actor=name)
             telemetry.event("weights_proven", actor=name, **receipt.proof.model_dump())

@@ -20,6 +20,7 @@ from cluster.refs import root_cause, value
 from cluster.step import discard_reason, group_rewards, unscored_tables
 from contracts.errors import NotStored, ScoringError, StaleLease, VersionChanged
 from contracts.scores import Outcome, ScoreTable
+from contracts.spans import wall_clock
 from contracts.wire import DiscardReason, GroupState, Source, Span
 
 DISPATCHER_ATTEMPTS = 120
@@ -54,6 +55,7 @@ class ScoringLoop:
                 return  # it was discarded meanwhile
             online = self.context.online
             since = {} if online is None else online.mark()
+            asked = wall_clock()
             try:
                 tables, spans = await asyncio.wait_for(self._tables(group_id, vault), lease_s)
                 if online is not None and (stale := online.stale(tables, since)):
@@ -63,6 +65,7 @@ class ScoringLoop:
                     return
                 continue
             if self._versions_accepted(tables):
+                self._trace(group_id, asked, spans)
                 self._book(group_id, attempt, tables, spans)
             return
 
@@ -131,7 +134,7 @@ class ScoringLoop:
     def _book(self, group_id: int, attempt: int, tables: dict[str, ScoreTable], spans: Mapping[str, Span]) -> None:
         scored = self.context.groups[group_id]
         scored.tables, scored.rewards = tables, group_rewards(scored.header, tables, self.context.config)
-        self._export(group_id, tables, spans)
+        self._export(tables, spans)
         reason = discard_reason(scored.header, scored.rewards, self.context.config)
         rewards = {"values": scored.rewards.values, "valid": scored.rewards.valid, "optional": scored.rewards.optional}
         try:
@@ -170,9 +173,14 @@ class ScoringLoop:
         self.context.telemetry.count("salon_images_discarded_total", images, reason=reason.value)
         self.context.forget([group_id])
 
-    def _export(self, group_id: int, tables: Mapping[str, ScoreTable], spans: Mapping[str, Span]) -> None:
+    def _trace(self, group_id: int, asked: float, spans: Mapping[str, Span]) -> None:
+        """What the scorers took, and around it the dispatcher: with the reading from the vault and the ways."""
+        if spans:
+            whole = Span(lane="dispatcher", name="score group", start=asked, seconds=wall_clock() - asked)
+            self.context.telemetry.spans((whole, *spans.values()), group=group_id)
+
+    def _export(self, tables: Mapping[str, ScoreTable], spans: Mapping[str, Span]) -> None:
         telemetry = self.context.telemetry
-        telemetry.spans(spans.values(), group=group_id)
         for name, span in spans.items():
             telemetry.observe("salon_score_seconds", span.seconds, scorer=name)
         for name, table in tables.items():

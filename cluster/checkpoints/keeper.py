@@ -30,6 +30,8 @@ from cluster.context import RunContext
 from cluster.refs import value
 from contracts.config.checkpoint import CheckpointConfig
 from contracts.errors import NotStored, RankLost, StorageError
+from contracts.spans import wall_clock
+from contracts.wire import Span
 from learner.state_writer import FileDigests, folder_to_disk
 
 FROM_VAULT_S = 60.0
@@ -94,6 +96,7 @@ class CheckpointKeeper:
         stall = time.monotonic() - start
         context.telemetry.observe("salon_checkpoint_stall_seconds", stall)
         context.telemetry.phase("learner", "save_state", stall)
+        self._trace("learner", "checkpoint", stall)
         self._task = asyncio.create_task(self._complete(self._folder / name, state, start))
 
     async def write_now(self) -> None:
@@ -145,9 +148,15 @@ class CheckpointKeeper:
         self._failures = 0
         seconds = time.monotonic() - start
         self._context.telemetry.observe("salon_checkpoint_seconds", seconds)
+        self._trace("checkpoint", "begin to end", seconds)
         self._context.telemetry.event("checkpoint", step=state.step, seconds=seconds)
         self.let_go(state.step)
         await asyncio.to_thread(self._remove_older)
+
+    def _trace(self, lane: str, name: str, seconds: float) -> None:
+        """Show what has ended just now: on the learner's lane what its step waited for, the whole on one of its own."""
+        span = Span(lane=lane, name=name, start=wall_clock() - seconds, seconds=seconds)
+        self._context.telemetry.spans((span,), step=self._begun_step)
 
     async def _write(self, folder: Path, state: RunState) -> None:
         """Everything up to the rename. Cancelled before that, it leaves nothing that counts."""

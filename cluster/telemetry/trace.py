@@ -166,8 +166,8 @@ class _Lane:
 
 
 def _order(lane: str) -> int:
-    """Controller first, then the way of a group: actors, scorers, learner, publication."""
-    roles = ("controller", "actor", "scorer", "learner", "publish")
+    """Controller first, then the way of a group: actors, vaults, dispatcher, scorers, learner, what follows a step."""
+    roles = ("controller", "actor", "vault", "dispatcher", "scorer", "learner", "publish", "checkpoint")
     rank = next((index for index, role in enumerate(roles) if lane.startswith(role)), len(roles))
     digits = "".join(character for character in lane if character.isdigit())
     return 10_000 * rank + min(int(digits or 0), 9_999)

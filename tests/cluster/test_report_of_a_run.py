@@ -39,15 +39,24 @@ def run(config: RunConfig) -> RunFolder:
 def test_the_trace_has_a_lane_a_role(run: RunFolder) -> None:
     events = json.loads((run.root / "trace.json").read_text())
     names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
-    assert set(names.values()) == {"controller", "actor-0", "scorer colour", "learner", "learner-0", "publish"}
+    assert set(names.values()) == {
+        "controller", "actor-0", "vault-0", "dispatcher", "scorer colour", "learner", "learner-0", "publish",
+        "checkpoint",
+    }  # fmt: skip
     work: dict[str, set[str]] = {}
     for event in events:
         if event.get("ph") == "X":
             work.setdefault(names[event["pid"]], set()).add(event["name"])
     assert work["actor-0"] >= {"paint", "decode", "store"}
-    assert work["learner"] >= {"update", "wait_for_groups"}
+    assert work["learner"] == {"update", "wait_for_groups", "checkpoint"}
+    assert work["vault-0"] == {"store"}
+    assert work["dispatcher"] == {"score group"}
     assert work["learner-0"] >= {"fetch", "forward_backward", "optimizer"}
     assert work["scorer colour"] == {"score"}
+    stalls = {event["args"]["step"]: event for event in events if event.get("name") == "checkpoint" and "dur" in event}
+    wholes = {event["args"]["step"]: event for event in events if event.get("name") == "begin to end"}
+    assert stalls.keys() == wholes.keys() == {1, 2}
+    assert all(0 < stalls[step]["dur"] < wholes[step]["dur"] for step in stalls)
     painted = [event for event in events if event.get("name") == "paint"]
     assert {event["args"]["group"] for event in painted} >= {0, 1, 2, 3}
     updates = [event for event in events if event.get("name") == "update"]
