@@ -11,12 +11,14 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.deploy import tools
+from cluster.deploy.labels import label_problems, selects
 from cluster.deploy.scorer import Wanted, as_yaml, documents
 from cluster.deploy.tools import ROOT, MissingTool
 from contracts.metrics import BY_NAME
@@ -158,7 +160,8 @@ def expressions() -> list[str]:
 
 def manifests() -> Iterator[str]:
     """Kubernetes' own kinds by their schemas; that what PodMonitors and Services select exists, ports included; that
-    an HPA has its target and its series. Of what scorer.py makes too.
+    an HPA has its target and its series; that series get the labels that dashboards ask for. Of what scorer.py makes
+    too.
     """
     found = [
         (path.name, document)
@@ -169,7 +172,7 @@ def manifests() -> Iterator[str]:
     monitors = [each for each in found if each[1].get("metadata", {}).get("name") == "salon-reward"]
     for wanted in (
         Wanted("playground_verifier", "verifier"),
-        Wanted("pickscore", "taste", ("model=/models/x",), gpus=1, models="salon-models"),
+        Wanted("pickscore", "taste", "lamps", ("model=/models/x",), gpus=1, models="salon-models"),
     ):
         made = [(f"scorer {wanted.scorer}", each) for each in yaml.safe_load_all(as_yaml(documents(wanted)))]
         yield from manifest_problems([*made, *monitors])
@@ -190,7 +193,12 @@ def manifest_problems(found: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
                 continue
         elif CUSTOM_KINDS[document["kind"]] not in ("", document["apiVersion"]):
             yield f"{where}: apiVersion {document['apiVersion']} is not {CUSTOM_KINDS[document['kind']]}"
-        for problem in (*_selection_problems(document, pods), *_scaling_problems(document, found)):
+        of_document = (
+            _selection_problems(document, pods),
+            _scaling_problems(document, found),
+            label_problems(document, pods),
+        )
+        for problem in chain(*of_document):
             yield f"{where}: {problem}"
     for labels, spec in pods:
         if not spec["securityContext"].get("runAsNonRoot") or spec["securityContext"].get("runAsUser") != 1000:
@@ -217,7 +225,7 @@ def _selection_problems(document: dict[str, Any], pods: list[tuple[dict[str, str
         ports, selector = [port["targetPort"] for port in spec["ports"]], {"matchLabels": spec["selector"]}
     else:
         return
-    chosen = [pod_spec for labels, pod_spec in pods if _selects(selector, labels)]
+    chosen = [pod_spec for labels, pod_spec in pods if selects(selector, labels)]
     if not chosen:
         yield "selects no pod of these manifests"
     for pod_spec in chosen:
@@ -246,14 +254,8 @@ def _scaling_problems(document: dict[str, Any], found: list[tuple[str, dict[str,
     monitors = [each["spec"]["selector"] for _, each in found if each["kind"] == "PodMonitor"]
     for each in scaled:
         labels = each["spec"]["template"]["metadata"]["labels"]
-        if not any(_selects(selector, labels) for selector in monitors):
+        if not any(selects(selector, labels) for selector in monitors):
             yield f"no PodMonitor fetches the series of {target['name']}"
-
-
-def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    equal = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
-    among = all(labels.get(rule["key"]) in rule["values"] for rule in selector.get("matchExpressions", []))
-    return equal and among
 
 
 CHECKS: tuple[Callable[[], Iterator[str]], ...] = (dockerfiles, compose, rules, dashboards, manifests)

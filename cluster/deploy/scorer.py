@@ -1,6 +1,6 @@
 """The Kubernetes manifest of one scorer: Deployment, Service and HPA, made from k8s/reward.yaml, which is one itself.
 
-    python -m cluster.deploy.scorer pickscore --name aesthetics --gpus 1 --models salon-models | kubectl apply -f -
+    python -m cluster.deploy.scorer pickscore --name taste --run lamps --models salon-models | kubectl apply -f -
 
 Every scorer is a Deployment of its own with an HPA of its own on salon_reward_queue_depth, so each scales, restarts and
 updates without touching another. Does not own: the image (docker/), the checks (check.py).
@@ -23,18 +23,21 @@ from contracts.errors import ConfigError, SalonError
 
 TEMPLATE = Path(__file__).parent / "k8s/reward.yaml"
 PREFIX = "salon-reward-"
+RUN_LABEL = "salon/run"
 _TEMPLATE_NAME = f"{PREFIX}verifier"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """name: of the Deployment after `salon-reward-`; options: KEY=VALUE as `reward_servers serve` takes them;
+    """name: of the Deployment after `salon-reward-`, and of the scorer in the run, which its series carry; run: the one
+    it serves, or None for several; options: KEY=VALUE as `reward_servers serve` takes them;
     target_images: images waiting in each pod beyond which another is started; models: a claim with weights, mounted
     read-only at /models, or None; memory: of a pod, in Kubernetes' units.
     """
 
     scorer: str
     name: str
+    run: str | None = None
     options: tuple[str, ...] = ()
     replicas: tuple[int, int] = (1, 8)
     target_images: int = 64
@@ -55,6 +58,10 @@ def documents(wanted: Wanted) -> list[dict[str, Any]]:
     for labels in (deployment["metadata"]["labels"], deployment["spec"]["selector"]["matchLabels"],
                    deployment["spec"]["template"]["metadata"]["labels"], service["spec"]["selector"]):  # fmt: skip
         labels["salon/scorer"] = wanted.name
+    pod_labels = deployment["spec"]["template"]["metadata"]["labels"]
+    del pod_labels[RUN_LABEL]  # a label of the template's own run; the selector, which can never change, has none
+    if wanted.run is not None:
+        pod_labels[RUN_LABEL] = wanted.run
     _fill(deployment["spec"]["template"]["spec"], wanted)
     spec = autoscaler["spec"]
     spec["minReplicas"], spec["maxReplicas"] = wanted.replicas
@@ -86,6 +93,7 @@ def as_yaml(made: Sequence[dict[str, Any]]) -> str:
 @click.command()
 @click.argument("scorer")
 @click.option("--name", help="After salon-reward-; the scorer's own name unless given.")
+@click.option("--run", help="The run it serves; without, it may serve several, and its series name none.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Keyword argument of the scorer.")
 @click.option("--min", "least", default=1, show_default=True, type=click.IntRange(1), help="Fewest pods.")
 @click.option("--max", "most", default=8, show_default=True, type=click.IntRange(1), help="Most pods.")

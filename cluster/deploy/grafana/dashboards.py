@@ -10,6 +10,8 @@ from cluster.deploy.grafana.panels import Board, Panel, Query
 
 OF_RUN = 'run=~"$run"'
 OF_SCORER = 'run=~"$run", scorer=~"$scorer"'
+OF_SERVER = 'run=~"($run)|", scorer=~"$scorer"'
+"""Of reward servers and judges: one that serves several runs names none, and is shown with each that has its scorer."""
 WINDOW = "[$__rate_interval]"
 SHARE = "run_role_phase:salon_phase_seconds_total:share5m"
 
@@ -37,7 +39,7 @@ def _rate(series: str, labels: str, by: str) -> str:
 def _cache_hits() -> str:
     """0 where a judge was asked and no answer was in the cache: a series that never grew does not exist."""
     hits, asked = (
-        _rate(f"salon_judge_{name}_total", OF_SCORER, "scorer") for name in ("cache_hits", "questions")
+        _rate(f"salon_judge_{name}_total", OF_SERVER, "scorer") for name in ("cache_hits", "questions")
     )  # fmt: skip
     return f"({hits} or 0 * {asked}) / {asked}"
 
@@ -192,12 +194,12 @@ JURY = Board(
     uid="salon-jury",
     title="Salon: Jury",
     text="How each scorer does: latency, outcomes, load, replicas.",
-    variables={"run": "salon_step", "scorer": "salon_reward_ready"},
+    variables={"run": "salon_step", "scorer": 'salon_scorer_held_out{run=~"$run"}'},
     panels=(
         Panel(
             "Latency of a request",
             "From arrival at the server to its answer.",
-            _quantiles("salon_reward_request_seconds", OF_SCORER, "scorer", "{{scorer}}"),
+            _quantiles("salon_reward_request_seconds", OF_SERVER, "scorer", "{{scorer}}"),
             unit="s",
         ),
         Panel(
@@ -209,8 +211,8 @@ JURY = Board(
             "Queue: images waiting against capacity",
             "Beyond the capacity a server answers 429.",
             (
-                Query(f"sum by (scorer) (salon_reward_queue_depth{{{OF_SCORER}}})", "{{scorer}} waiting"),
-                Query(f"sum by (scorer) (salon_reward_queue_capacity{{{OF_SCORER}}})", "{{scorer}} capacity"),
+                Query(f"sum by (scorer) (salon_reward_queue_depth{{{OF_SERVER}}})", "{{scorer}} waiting"),
+                Query(f"sum by (scorer) (salon_reward_queue_capacity{{{OF_SERVER}}})", "{{scorer}} capacity"),
             ),
         ),
         Panel(
@@ -218,19 +220,19 @@ JURY = Board(
             "Images in one call of the scorer.",
             (
                 Query(
-                    _rate("salon_reward_batch_images_sum", OF_SCORER, "scorer")
-                    + " / " + _rate("salon_reward_batch_images_count", OF_SCORER, "scorer"),
+                    _rate("salon_reward_batch_images_sum", OF_SERVER, "scorer")
+                    + " / " + _rate("salon_reward_batch_images_count", OF_SERVER, "scorer"),
                     "{{scorer}} mean",
                 ),
-                Query(_quantile(0.9, "salon_reward_batch_images", OF_SCORER, "scorer"), "{{scorer}} p90"),
+                Query(_quantile(0.9, "salon_reward_batch_images", OF_SERVER, "scorer"), "{{scorer}} p90"),
             ),
         ),
         Panel(
             "Replicas",
             "Servers that answer, and those of them that are ready.",
             (
-                Query('sum by (scorer) (up{job="salon", role="reward_server", ' + OF_SCORER + "})", "{{scorer}} up"),
-                Query(f"sum by (scorer) (salon_reward_ready{{{OF_SCORER}}})", "{{scorer}} ready"),
+                Query('sum by (scorer) (up{job="salon", role="reward_server", ' + OF_SERVER + "})", "{{scorer}} up"),
+                Query(f"sum by (scorer) (salon_reward_ready{{{OF_SERVER}}})", "{{scorer}} ready"),
             ),
         ),
         Panel(

@@ -45,7 +45,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Board:
-    """One dashboard; variables: name -> the series whose label of that name it lists."""
+    """One dashboard; variables: name -> the series whose label of that name it lists. Of a series that another variable
+    chooses, "All" is what is listed; of any other, everything."""
 
     uid: str
     title: str
@@ -77,7 +78,7 @@ def build(board: Board) -> models.Dashboard:
 
 def _variable(name: str, series: str) -> dashboard.QueryVariable:
     everything = models.VariableOption(selected=True, text="All", value="$__all")
-    return (
+    made = (
         dashboard.QueryVariable(name)
         .label(name)
         .datasource(DATASOURCE)
@@ -86,9 +87,9 @@ def _variable(name: str, series: str) -> dashboard.QueryVariable:
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
         .include_all(True)
-        .all_value(".*")
         .current(everything)
     )
+    return made if "$" in series else made.all_value(".*")
 
 
 def _panel(panel: Panel) -> timeseries.Panel | bargauge.Panel | table.Panel:
