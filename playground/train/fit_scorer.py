@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from playground.scorer.network import WEIGHTS, Scorer, encode_specs
 from playground.train.sample import Settings, paint
-from playground.train.scorer import WEIGHTS, Scorer, encode_specs
 from playground.world.captions import Spec
 from playground.world.prompts import held_out_prompts, prompt_stream, specs_by_kind
 from playground.world.reliability import blurred, noisy, wrong_by_one

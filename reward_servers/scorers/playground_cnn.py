@@ -1,7 +1,7 @@
 """The playground's differentiable scorer: a small CNN fitted to the verifier's dense score, with dR/d image.
 
-Does not own: the network and its weights (playground.train.scorer). Torch is imported by `load`, in the process that
-serves it and nowhere else; the network is found by name for that reason, as every plug-in is.
+Does not own: the network and its weights (playground.scorer). Torch, and with it the network, is imported by `load`, in
+the process that serves it and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from contracts.registry import import_target
 from contracts.scores import ScoreTable
 from reward_servers.scorers.base import ScoreBatch, Scorer, declared, file_digest, weights_file
 from reward_servers.scorers.playground_verifier import playground_canary, spec_of
@@ -31,8 +30,10 @@ class PlaygroundCNN(Scorer):
     def load(self) -> None:
         import torch
 
-        path = weights_file(import_target("playground.train.scorer:WEIGHTS"))
-        self._network = import_target("playground.train.scorer:score")
+        from playground.scorer import network
+
+        path = weights_file(network.WEIGHTS)
+        self._network = network.score
         self.weight_digest = file_digest(path)
         self.version = f"1-{self.weight_digest[:8]}"
         if torch.device(self.device).type == "cpu":

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from playground.scorer.network import SPEC_WIDTH, WEIGHTS, encode_specs, score
 from playground.train.fit_scorer import spearman, spoil
-from playground.train.scorer import SPEC_WIDTH, WEIGHTS, encode_specs, score
 from playground.world.prompts import all_specs, held_out_prompts
 from playground.world.reliability import wrong_by_one
 from playground.world.render import render

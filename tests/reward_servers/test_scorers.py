@@ -107,7 +107,7 @@ def cnn_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    from playground.train import scorer as network
+    from playground.scorer import network
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def cnn_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def test_gradients_over_http_are_autograds(cnn_weights: Path) -> None:
     import torch
 
-    from playground.train.scorer import score
+    from playground.scorer.network import score
 
     images, metadata = scenes(5)
     table = ask(PlaygroundCNN(), images, metadata, want_gradients=True)

@@ -1,6 +1,6 @@
 """Owns a differentiable stand-in for the verifier: a small CNN from picture and caption to a score.
 
-Its weights (playground/scorer) are fitted by `fit_scorer` to the verifier's dense score. It is
+Its weights are fitted by `playground.train.fit_scorer` to the verifier's dense score. It is
 an estimate, and pictures can be found that please it alone: report strict accuracy beside it.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 from playground.world.captions import COLOURS, RELATIONS, SHAPES, Spec
 from playground.world.scenes import SIZE
 
-WEIGHTS = Path(__file__).parents[1] / "scorer" / "scorer.safetensors"
+WEIGHTS = Path(__file__).with_name("scorer.safetensors")
 
 _SLOT = len(SHAPES) + len(COLOURS)
 _REST = len(RELATIONS) + 3
