@@ -102,7 +102,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("aggregation", "pareto", "learner.credit.aggregation.pareto:Pareto",
           "Parrot: Pareto-optimal Multi-Reward RL (2401.05675)",
           "samples that no other beats in every reward are trained on, the others not at all",
-          ("parrot",), AggregationNeeds(critic="never", scales=True)),
+          ("parrot",), AggregationNeeds(std=("none",), critic="never", scales=True)),
     Entry("aggregation", "constrained", "learner.credit.aggregation.constrained:Constrained",
           "Confronting Reward Model Overoptimization with Constrained RLHF (2310.04373)",
           "Lagrange multipliers hold each reward at the point beyond which it stops being useful",

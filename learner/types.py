@@ -34,6 +34,7 @@ class Rewards:
     scale float64 [G] or None: multiplies each sample's advantage after centring and normalisation.
     steps float64 [G,K] or None: a reward for each recorded step, the last of which is the final one; a critic's credit
     takes them instead of the final reward alone.
+    absolute: the rewards are measured against a reference of the rule's own, so no group mean is taken off them.
     """
 
     values: np.ndarray
@@ -41,6 +42,7 @@ class Rewards:
     optional: np.ndarray
     scale: np.ndarray | None = None
     steps: np.ndarray | None = None
+    absolute: bool = False
 
     def totals(self) -> np.ndarray:
         """float64 [G]: values plus the centred optional part; NaN where invalid."""

@@ -61,6 +61,7 @@ class ParetoConfig(AggregationSection):
     name: Literal["pareto"] = "pareto"
     scope: Literal["group", "batch"] = Field(default="group", description="samples among which dominance is decided")
     eps: float = Field(default=1e-4, gt=0, description="added to each standard deviation")
+    decay: float = Field(default=0.99, ge=0, lt=1, description="of the rewards' running statistics, a learner step")
 
 
 class ConstrainedConfig(AggregationSection):

@@ -2,7 +2,8 @@
 
 A_i = (R_i - mean_group) / (std + eps), mean over the group's valid samples, std the population estimator over all
 valid samples of the batch (`global`), of the group (`group`), or 1 (`none`). A constant group yields exactly 0.
-Weights that the aggregation gives samples (Rewards.scale) multiply what comes out.
+Weights that the aggregation gives samples (Rewards.scale) multiply what comes out. Rewards that a rule has measured
+against a reference of its own (Rewards.absolute) are taken as they are: no group mean is taken off.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class GroupAdvantage(CreditEntry):
     def _advantages(self, rewards: Rewards, global_std: float) -> np.ndarray:
         values, valid = rewards.totals(), rewards.valid
         advantages = np.zeros(len(values))
-        if not valid.any() or values[valid].min() == values[valid].max():
+        if not valid.any() or (not rewards.absolute and values[valid].min() == values[valid].max()):
             return advantages  # not by subtraction: the mean of equal floats may differ from them by an ulp
-        centred = values[valid] - values[valid].mean()
+        centred = values[valid] - (0.0 if rewards.absolute else values[valid].mean())
         advantages[valid] = centred / self._denominator(values[valid], global_std)
         return advantages if rewards.scale is None else advantages * rewards.scale
 

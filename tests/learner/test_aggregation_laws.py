@@ -71,7 +71,7 @@ def test_a_sample_that_lost_a_required_score_is_invalid_and_leaves_the_others_al
     assert both[0][0][lost] == 0
 
 
-OPTIONAL = ("weighted_sum", "gdpo", "log_tame", "gates", "trust", "win_rate", "uncertainty")
+OPTIONAL = ("weighted_sum", "gdpo", "pareto", "log_tame", "gates", "trust", "win_rate", "uncertainty")
 
 
 @pytest.mark.parametrize("name", OPTIONAL)

@@ -226,8 +226,9 @@ def test_running_statistics_are_those_of_what_was_seen():
     mix = rule("confidence_mix", **MIX, decay=0.5)
     for model in ([1.0, 3.0], [5.0, 7.0]):
         rewards(mix, scores(point("a", model), point("b", [0, 1]), point("c", [1, 1])))
-    assert mix.mean == pytest.approx((0.5 * 2 + 6) / 1.5)
-    assert mix.square == pytest.approx((0.5 * 5 + 37) / 1.5)
+    mean, square = (0.5 * 2 + 6) / 1.5, (0.5 * 5 + 37) / 1.5
+    assert mix.past.mean == pytest.approx(mean)
+    assert mix.past.variance == pytest.approx(square - mean**2)
 
 
 # ---- directional ---------------------------------------------------------------------------------------------------

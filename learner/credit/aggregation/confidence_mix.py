@@ -2,13 +2,14 @@
 
 r_acc = q r_rule + (1 - q) sigmoid((r_model - mean) / std), q = 0 where no rule applies (its score or its confidence is
 missing); R = w_a r_acc + w_i r_instr - w_l pen, pen = clip((L - L_max) / L_buf, 0, 1).
-State: weight, mean and mean square of the learned reward over past batches, exponentially decayed. The published
+State: weight, mean and variance of the learned reward over past batches, exponentially decayed. The published
 abstract leaves the weights open, so they are settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from contracts.config.aggregation import ConfidenceMixConfig
 from learner.credit.aggregation.base import Aggregation
 from learner.credit.aggregation.columns import Column, GroupScores, Settled, composed, sum_terms
+from learner.credit.aggregation.statistics import Running
 from learner.types import Aggregated
 
 
@@ -24,7 +26,7 @@ class ConfidenceMix(Aggregation[ConfidenceMixConfig]):
 
     def __init__(self, config: ConfidenceMixConfig) -> None:
         super().__init__(config)
-        self.weight, self.mean, self.square = 0.0, 0.0, 0.0
+        self.past = Running()
 
     def aggregate(self, batch: Mapping[int, GroupScores], step: int) -> Aggregated:
         parts = (self.config.model, self.config.rule, self.config.confidence)
@@ -32,22 +34,13 @@ class ConfidenceMix(Aggregation[ConfidenceMixConfig]):
         settled = {group_id: scores.named(*parts, *extras) for group_id, scores in batch.items()}
         self._observe(settled)
         rewards = {group_id: sum_terms(self._terms(group)) for group_id, group in settled.items()}
-        return Aggregated(rewards, {"model_reward_mean": self.mean, "model_reward_std": self.std})
-
-    @property
-    def std(self) -> float:
-        """Running standard deviation of the learned reward."""
-        return float(np.sqrt(max(self.square - self.mean**2, 0.0)))
+        return Aggregated(rewards, {"model_reward_mean": self.past.mean, "model_reward_std": self.past.std})
 
     def _observe(self, settled: Mapping[int, Settled]) -> None:
         columns = [(group.columns[0], group.counted) for group in settled.values()]
         values = np.concatenate([c.values[c.among(counted)] for c, counted in columns] or [np.zeros(0)])
-        if not len(values):
-            return
-        weight = self.config.decay * self.weight + 1.0
-        self.mean += (float(values.mean()) - self.mean) / weight
-        self.square += (float((values**2).mean()) - self.square) / weight
-        self.weight = weight
+        if len(values):
+            self.past = self.past.after(values, self.config.decay)
 
     def _terms(self, group: Settled) -> Settled:
         model, rule, confidence, *extras = group.columns
@@ -66,13 +59,14 @@ class ConfidenceMix(Aggregation[ConfidenceMixConfig]):
     def _accuracy(self, model: Column, rule: Column, confidence: Column, weight: float) -> Column:
         applies = rule.valid & confidence.valid
         q = np.where(applies, np.clip(confidence.values, 0.0, 1.0), 0.0)
-        z = (model.values - self.mean) / self.std if self.std > 0 else np.zeros(len(model.values))
+        mean, std = self.past.mean, self.past.std
+        z = (model.values - mean) / std if std > 0 else np.zeros(len(model.values))
         squashed = 0.5 * (1 + np.tanh(z / 2))  # sigmoid without overflow
         values = q * np.where(applies, rule.values, 0.0) + (1 - q) * np.where(q == 1, 0.0, squashed)
         return Column("accuracy", weight, model.required, values, model.valid)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weight": self.weight, "mean": self.mean, "square": self.square}
+        return asdict(self.past)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weight, self.mean, self.square = state["weight"], state["mean"], state["square"]
+        self.past = Running(**state)

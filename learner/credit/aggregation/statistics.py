@@ -1,12 +1,38 @@
-"""Statistics that several rules take of columns, over the samples that count alone. Owns no rule and no state."""
+"""Statistics that several rules take of columns, over the samples that count alone. Owns no rule.
+
+`Running` is what a rule remembers of past batches; the rule owns it and writes it into its state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from learner.credit.aggregation.columns import Column, Settled
+
+
+@dataclass(frozen=True)
+class Running:
+    """Mean and variance over batches, the older ones decayed. weight: of all batches seen, the last counting 1."""
+
+    weight: float = 0.0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 0 before the first batch."""
+        return float(np.sqrt(self.variance))
+
+    def after(self, values: np.ndarray, decay: float) -> Running:
+        """With one more batch of at least one value; `decay` is what the past keeps of its weight."""
+        weight = decay * self.weight + 1.0
+        new = 1.0 / weight
+        gap = float(values.mean()) - self.mean
+        variance = (1 - new) * self.variance + new * spread(values) ** 2 + new * (1 - new) * gap**2
+        return Running(weight, self.mean + new * gap, variance)
 
 
 def spread(values: np.ndarray, ddof: int = 0) -> float:
