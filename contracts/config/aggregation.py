@@ -163,7 +163,7 @@ class TrustConfig(AggregationSection):
 
 class ConfidenceMixConfig(AggregationSection):
     name: Literal["confidence_mix"] = "confidence_mix"
-    rule: ColumnName = Field(description="a rule's score, 0 to 1; where it is missing no rule applies")
+    rule: ColumnName = Field(description="a rule's score, 0 to 1; where a whole group lacks it no rule applies")
     confidence: ColumnName = Field(description="how far the rule is to be believed, 0 to 1")
     model: ColumnName = Field(description="the learned reward, any scale: squashed by its running mean and spread")
     instruction: ColumnName | None = Field(default=None, description="adherence to the instruction, 0 to 1")

@@ -1,8 +1,9 @@
 """FIRM (2603.12247): base (w_b + w_q quality) / (w_b + w_q), so that quality cannot buy off a failed base.
 
 All scores are mapped to [0,1] first; of several bonuses the smallest counts. Where a bonus is missing the group's mean
-stands in, so that it moves the sample in neither direction (the published code pays the full bonus there: a parse
-failure would be worth more than a bad quality); where the whole group lacks it there is none.
+quality stands in, so that it moves the sample in neither direction (the published code pays the full bonus there: a
+parse failure would be worth more than a bad quality), or the smallest bonus it has when that is less. A bonus that the
+whole group lacks is left out; where no sample has all others there is none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import numpy as np
 from contracts.config.aggregation import BaseAndBonusConfig
 from learner.credit.aggregation.base import Aggregation
 from learner.credit.aggregation.columns import Column, GroupScores, Settled, sum_terms
-from learner.credit.aggregation.statistics import filled
 from learner.types import Aggregated, Rewards
 
 
@@ -35,11 +35,16 @@ class BaseAndBonus(Aggregation[BaseAndBonusConfig]):
         return sum_terms(Settled((Column(base.name, 1.0, base.required, values, base.valid),), group.counted))
 
     def _quality(self, group: Settled, bonuses: list[Column]) -> np.ndarray:
-        """float64 [G] in [0,1]: the smallest of the bonuses there are, 0 when the group has none."""
-        known = [values for column in bonuses if (values := filled(column, group.counted)) is not None]
-        if not known:
+        """float64 [G] in [0,1]: the smallest of the bonuses; 0 when the group has none."""
+        have = [given for column in bonuses if (given := column.among(group.counted)).any()]
+        complete = np.logical_and.reduce(have) if have else np.zeros(len(group.counted), bool)
+        if not complete.any():
             return np.zeros(len(group.counted))
-        return np.minimum.reduce([unit(values, self.config.bonus_range) for values in known])
+        smallest = np.minimum.reduce([
+            np.where(column.among(group.counted), unit(column.values, self.config.bonus_range), 1.0)
+            for column in bonuses
+        ])  # fmt: skip
+        return np.where(complete, smallest, np.minimum(smallest, smallest[complete].mean()))
 
 
 def unit(values: np.ndarray, score_range: tuple[float, float]) -> np.ndarray:

@@ -1,15 +1,16 @@
 """HARMO (2510.05283): a rule's reward as far as the rule is confident, a learned reward for the rest.
 
-r_acc = q r_rule + (1 - q) sigmoid((r_model - mean) / std), q = 0 where no rule applies (its score or its confidence is
-missing); R = w_a r_acc + w_i r_instr - w_l pen, pen = clip((L - L_max) / L_buf, 0, 1).
-State: weight, mean and variance of the learned reward over past batches, exponentially decayed. The published
-abstract leaves the weights open, so they are settings.
+r_acc = q r_rule + (1 - q) sigmoid((r_model - mean) / std), q = 0 where no rule applies: the whole group lacks its score
+or its confidence. A sample that alone lacks one has failed, and the group's means of q r_rule and of q stand in.
+R = w_a r_acc + w_i r_instr - w_l pen, pen = clip((L - L_max) / L_buf, 0, 1).
+State: weight, mean and variance of the learned reward over past batches, exponentially decayed. The published abstract
+leaves the weights open, so they are settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from contracts.config.aggregation import ConfidenceMixConfig
 from learner.credit.aggregation.base import Aggregation
 from learner.credit.aggregation.columns import Column, GroupScores, Settled, composed, sum_terms
-from learner.credit.aggregation.statistics import Running
+from learner.credit.aggregation.statistics import Running, filled
 from learner.types import Aggregated
 
 
@@ -48,7 +49,7 @@ class ConfidenceMix(Aggregation[ConfidenceMixConfig]):
         instruction = next(by_name) if self.config.instruction else None
         length = next(by_name) if self.config.length else None
         w_accuracy, w_instruction, w_length = self.config.weights
-        terms = [self._accuracy(model, rule, confidence, w_accuracy)]
+        terms = [self._accuracy(model, rule, confidence, w_accuracy, group.counted)]
         if instruction is not None:
             terms.append(composed(instruction.name, [instruction], instruction.values, w_instruction))
         if length is not None:
@@ -56,13 +57,18 @@ class ConfidenceMix(Aggregation[ConfidenceMixConfig]):
             terms.append(composed(length.name, [length], np.clip(excess, 0.0, 1.0), -w_length))
         return Settled(tuple(terms), group.counted)
 
-    def _accuracy(self, model: Column, rule: Column, confidence: Column, weight: float) -> Column:
-        applies = rule.valid & confidence.valid
-        q = np.where(applies, np.clip(confidence.values, 0.0, 1.0), 0.0)
+    def _accuracy(
+        self, model: Column, rule: Column, confidence: Column, weight: float, counted: np.ndarray
+    ) -> Column:  # fmt: skip
+        both = replace(confidence, values=np.clip(confidence.values, 0.0, 1.0), valid=rule.valid & confidence.valid)
+        q = filled(both, counted)
+        by_rule = filled(replace(both, values=both.values * rule.values), counted)
+        if q is None or by_rule is None:
+            q = by_rule = np.zeros(len(counted))
         mean, std = self.past.mean, self.past.std
         z = (model.values - mean) / std if std > 0 else np.zeros(len(model.values))
         squashed = 0.5 * (1 + np.tanh(z / 2))  # sigmoid without overflow
-        values = q * np.where(applies, rule.values, 0.0) + (1 - q) * np.where(q == 1, 0.0, squashed)
+        values = by_rule + (1 - q) * np.where(q == 1, 0.0, squashed)
         return Column("accuracy", weight, model.required, values, model.valid)
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from contracts.config.aggregation import Condition, GDPOConfig
 from contracts.errors import ScoringError
 from learner.credit.aggregation.base import Aggregation
-from learner.credit.aggregation.columns import Column, GroupScores, Settled, settle, sum_terms
+from learner.credit.aggregation.columns import Column, GroupScores, Settled, sum_terms
 from learner.credit.aggregation.statistics import standardised
 from learner.types import Aggregated, Rewards
 
@@ -40,13 +40,19 @@ class GDPO(Aggregation[GDPOConfig]):
 
 
 def _conditioned(group: Settled, condition: Condition) -> Settled:
-    """The conditioned column, 0 where the deciding one is too low and missing where that is unknown."""
+    """The conditioned column, 0 where the deciding one is too low and missing where that is unknown.
+
+    Too low makes it 0 whether or not it was scored, or its failure would pay. Where an optional column decides it is
+    optional too: nobody is dropped because the condition could not be looked at.
+    """
     decides = _find(group, condition.on)
     target = _find(group, condition.column)
-    values = np.where(decides.values >= condition.at_least, target.values, 0.0)
-    conditioned = replace(target, values=values, valid=target.valid & decides.valid)
-    columns = [conditioned if column is target else column for column in group.columns]
-    return settle(columns, len(group.counted))
+    reached = decides.values >= condition.at_least
+    conditioned = replace(
+        target, values=np.where(reached, target.values, 0.0), valid=decides.valid & (target.valid | ~reached),
+        required=target.required and decides.required,
+    )  # fmt: skip
+    return replace(group, columns=tuple(conditioned if column is target else column for column in group.columns))
 
 
 def _find(group: Settled, name: str) -> Column:

@@ -1,7 +1,8 @@
 """PaCo-RL (2512.04784): rewards of unequal variability are tamed before they are summed.
 
 Over all samples of the batch h_k = std / (mean + 1e-6); a column with h_k above the threshold (mean or median of all
-h, or a number) enters as log(1 + R_k), the others as they are. With equal h, and with one column, none is tamed.
+h, or a number) enters as log(1 + R_k), the others as they are. With equal h, and with one column, none is tamed. A
+column that nobody answered has no h: it must not lower the threshold of the others.
 Both forms need R >= 0: a negative score stops the run with the column's name, unless `offsets` shifts it.
 """
 
@@ -25,7 +26,8 @@ class LogTame(Aggregation[LogTameConfig]):
 
     def aggregate(self, batch: Mapping[int, GroupScores], step: int) -> Aggregated:
         settled = {group_id: self._shifted(scores.weighted()) for group_id, scores in batch.items()}
-        variability = {name: _variability(name, values) for name, values in over_batch(settled.values()).items()}
+        seen = {name: values for name, values in over_batch(settled.values()).items() if len(values)}
+        variability = {name: _variability(name, values) for name, values in seen.items()}
         tamed = self._above(variability)
         rewards = {group_id: sum_terms(_tame(group, tamed)) for group_id, group in settled.items()}
         return Aggregated(rewards, prefixed("tamed", {name: float(name in tamed) for name in variability}))
@@ -50,8 +52,6 @@ class LogTame(Aggregation[LogTameConfig]):
 
 
 def _variability(name: str, values: np.ndarray) -> float:
-    if not len(values):
-        return 0.0
     if values.min() < 0:
         raise ScoringError(
             f"{name} answered {values.min():.4g}: log_tame needs scores of at least 0. Set "

@@ -45,6 +45,8 @@ class Trust(Aggregation[TrustConfig]):
 
     def _terms(self, group: Settled, coef: float) -> Settled:
         outcome, judge = group.columns
-        opinion = np.where(outcome.values >= self.config.floor, judge.values, 0.0)
-        said = Column(judge.name, coef, judge.required, opinion, judge.valid)
+        asked = outcome.values >= self.config.floor
+        # Below the floor the judge adds 0 whether or not it answered, or its failure would lift a failure to the mean.
+        valid = judge.valid | (outcome.valid & ~asked)
+        said = Column(judge.name, coef, judge.required, np.where(asked, judge.values, 0.0), valid)
         return Settled((outcome, said), group.counted)

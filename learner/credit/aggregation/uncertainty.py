@@ -3,8 +3,8 @@
 The reward is the weighted sum; its standard deviation is s_i = sqrt(sum_k w_k^2 s_ik^2) from the tables' uncertainties.
 variance: weight exp(-s_i^2 / Var_batch(R)), the black-box form of Ctrl-U's exp(-u). bound: clip(exp(b - a s_i)), as
 PrefPaint weighs by the width of the reward's confidence bound. Weights of a group average to 1 (normalise), so that the
-learning rate keeps its meaning; equal uncertainty gives the plain weighted sum. A value without an uncertainty is taken
-to be as sure as the group's mean.
+learning rate keeps its meaning; equal uncertainty gives the plain weighted sum. A value without an uncertainty, and one
+that is missing, is taken to be as sure as the group's mean: to have failed must not make a sample surer than others.
 """
 
 from __future__ import annotations
@@ -57,8 +57,12 @@ class Uncertainty(Aggregation[UncertaintyConfig]):
 
 
 def _deviation(group: Settled) -> np.ndarray:
-    """Standard deviation of each sample's weighted sum, float64 [G]."""
-    if group.counted.any() and all(column.uncertainty is None for column in group.columns):
+    """Standard deviation of each sample's weighted sum, float64 [G].
+
+    Raises ScoringError when every scorer answered and none said how sure it is; one that failed might have said it.
+    """
+    answered = [column for column in group.columns if column.among(group.counted).any()]
+    if len(answered) == len(group.columns) > 0 and all(column.uncertainty is None for column in answered):
         names = ", ".join(column.name for column in group.columns)
         raise ScoringError(
             f"credit.aggregation.name=uncertainty: no table says how sure it is ({names}). Use a scorer whose table "
@@ -69,6 +73,5 @@ def _deviation(group: Settled) -> np.ndarray:
         if column.uncertainty is not None:
             known = column.among(group.counted) & ~np.isnan(column.uncertainty)
             neutral = float((column.uncertainty[known] ** 2).mean()) if known.any() else 0.0
-            square = np.where(known, column.uncertainty**2, neutral)
-            variance += column.weight**2 * np.where(column.valid, square, 0.0)
+            variance += column.weight**2 * np.where(known, column.uncertainty**2, neutral)
     return np.sqrt(variance)
