@@ -450,7 +450,7 @@ class Controller:
             self.watchdog.stop()
         await write_at_end(self.config, self.context.folder, self.context.telemetry)
         self.finder.close()
-        self.context.telemetry.close()
+        await asyncio.to_thread(self.context.telemetry.close)
         self.context.ledger.close()
         self.context.folder.sync()
 

@@ -99,6 +99,8 @@ CATALOGUE: tuple[Metric, ...] = (
                 buckets=SECONDS_BUCKETS),
     _controller("checkpoint_stall_seconds", "histogram", "What a checkpoint took from the learner's step.",
                 buckets=SECONDS_BUCKETS),
+    _controller("sink_rows_lost_total", "counter", "Rows and pictures that a tracker, or a file of the run, did not "
+                "take.", "sink"),
     _controller("checkpoint_failures_total", "counter", "Checkpoints that could not be written."),
     _process("cpu_seconds_total", "counter", "User and system CPU time spent."),
     _process("resident_memory_bytes", "gauge", "Resident memory."),

@@ -33,6 +33,8 @@ WORDS = {
     "host_copies_lost": "host copies could not be filled",
     "evaluation_failed": "an evaluation in mid-run failed",
     "stalled": "no step ended in time: stacks were dumped",
+    "sink_loses_rows": "a tracker does not take rows; the run goes on without them",
+    "sink_writes_again": "a tracker takes rows again",
     "report_failed": "the report could not be written",
 }
 

@@ -1,24 +1,36 @@
 """Trackers beside Prometheus: TensorBoard always at hand, W&B and MLflow when installed, behind one small interface.
 
-A sink gets the row of every step and the pictures of every evaluation. Does not own: what the rows hold (telemetry.py).
+A sink gets the row of every step and the pictures of every evaluation. Its methods may wait and may raise whatever they
+like: each runs on a thread of its own (sink_thread.py). Does not own: what the rows hold (telemetry.py).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import math
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from cluster.telemetry.appending import AppendingFile
 from contracts.config import RunConfig
 from contracts.errors import ConfigError
 
+SHOWN_PROCESSES = 16
+"""Processes whose own values sinks are given."""
+
 
 class Sink(Protocol):
-    """One tracker."""
+    """One tracker, made and used in one thread."""
 
     def scalars(self, row: Mapping[str, float], step: int) -> None:
         """The row of a step: metric key -> value."""
@@ -31,29 +43,57 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """Event files under <run>/tensorboard."""
+    """An event file under <run>/tensorboard: TFRecords of tensorboardX's Event messages.
+
+    tensorboardX's own SummaryWriter is not used: its thread ends with the first error of the disk, after which every
+    call waits for it for ever.
+    """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=5)
+        self._folder = folder / "tensorboard"
+        began = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"  # TensorBoard's order
+        self._file = AppendingFile(self._folder / f"events.out.tfevents.{began}")
 
     def scalars(self, row: Mapping[str, float], step: int) -> None:
-        for key, value in row.items():
-            self._writer.add_scalar(key, value, step)
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in row.items()]
+        self._write(Summary(value=values), step)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
-        self._writer.add_image(tag, image, step, dataformats="HWC")
+        from tensorboardX.summary import image as picture
+
+        self._write(picture(tag, image, dataformats="HWC"), step)
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, summary: Any, step: int) -> None:
+        """One record a step, whatever it holds. Raises OSError."""
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        self._file.append(
+            _record(Event(wall_time=now, step=step, summary=summary)),
+            head=_record(Event(wall_time=now, file_version="brain.Event:2")),
+        )
+
+
+def _record(event: Any) -> bytes:
+    """A message as a TFRecord: its length, the length's checksum, the message, the message's checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
 
 
 class WandbSink:
     """Weights & Biases; mode, project and key come from its own environment variables."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        self._wandb = _import("wandb")
+        self._wandb = importlib.import_module("wandb")
         self._run = self._wandb.init(
             project="salon", name=config.name, id=_run_id(config), resume="allow", dir=str(folder),
             config=config.model_dump(mode="json"),
@@ -73,9 +113,7 @@ class MlflowSink:
     """MLflow; the tracking server comes from its own environment variables, else files under <run>/mlflow."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        import os
-
-        self._mlflow = _import("mlflow")
+        self._mlflow = importlib.import_module("mlflow")
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self._mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.sqlite'}")
         self._mlflow.set_experiment("salon")
@@ -92,13 +130,43 @@ class MlflowSink:
         self._mlflow.end_run()
 
 
-_SINKS: dict[str, Any] = {"wandb": WandbSink, "mlflow": MlflowSink}
+_SINKS: dict[str, Any] = {"tensorboard": TensorBoardSink, "wandb": WandbSink, "mlflow": MlflowSink}
 
 
-def make_sinks(config: RunConfig, folder: Path) -> list[Sink]:
-    """The sinks that `telemetry` asks for. Raises ConfigError for a tracker that is not installed."""
-    sinks: list[Sink] = [TensorBoardSink(config, folder)] if config.telemetry.tensorboard else []
-    return sinks + [_SINKS[name](config, folder) for name in config.telemetry.sinks]
+def make_sinks(config: RunConfig, folder: Path) -> dict[str, Callable[[], Sink]]:
+    """How to make the sinks that `telemetry` asks for, by name. Raises ConfigError for one that is not installed."""
+    names = (["tensorboard"] if config.telemetry.tensorboard else []) + list(config.telemetry.sinks)
+    for name in config.telemetry.sinks:
+        if (error := missing_sink(name)) is not None:
+            raise error
+    return {name: partial(_SINKS[name], config, folder) for name in names}
+
+
+def for_sinks(row: Mapping[str, float], labelled: Collection[str]) -> dict[str, float]:
+    """What sinks get of a step's row: finite values, and of series with a value for each of many processes two.
+
+    labelled: series whose first label is a process. Where one has more than SHOWN_PROCESSES of them, the mean and the
+    largest over processes stand for them: `paint_seconds/mean/over_processes/largest`. Nobody looks at a thousand
+    charts, and checksums of a thousand values take longer than all other telemetry; metrics.jsonl and /metrics have
+    every value.
+    """
+    kept: dict[str, float] = {}
+    by_series: dict[str, dict[str, float]] = {}
+    for key, value in row.items():
+        name, _, labels = key.partition("/")
+        if not math.isfinite(value):
+            continue
+        if name in labelled:
+            by_series.setdefault("/".join([name, *labels.split("/")[1:]]), {})[key] = value
+        else:
+            kept[key] = value
+    for series, values in by_series.items():
+        if len(values) <= SHOWN_PROCESSES:
+            kept.update(values)
+        else:
+            kept[f"{series}/over_processes/mean"] = math.fsum(values.values()) / len(values)
+            kept[f"{series}/over_processes/largest"] = max(values.values())
+    return kept
 
 
 def missing_sink(name: str) -> ConfigError | None:
@@ -107,13 +175,6 @@ def missing_sink(name: str) -> ConfigError | None:
         return None
     way_out = f"pip install 'salon[{name}]' requirements (pyproject.toml, extra {name!r}), or remove it from the list"
     return ConfigError("telemetry.sinks", f"{name} is not installed", way_out)
-
-
-def _import(name: str) -> Any:
-    error = missing_sink(name)
-    if error is not None:
-        raise error
-    return importlib.import_module(name)
 
 
 def _run_id(config: RunConfig) -> str:

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
 
 from cluster.telemetry import process
+from cluster.telemetry.appending import AppendingFile
 from cluster.telemetry.rates import Accelerators, Throughput, count_accelerators
-from cluster.telemetry.sinks import Sink, make_sinks
+from cluster.telemetry.sink_thread import SinkThread
+from cluster.telemetry.sinks import Sink, for_sinks, make_sinks
 from cluster.telemetry.trace import Trace
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
@@ -33,6 +37,11 @@ from contracts.wire import Source, Span
 
 PREFIX = "salon_"
 ADDRESS_FILE = "metrics_address"
+ROWS_LOST = "salon_sink_rows_lost_total"
+CLOSE_S = 20.0
+"""What sinks get at the end to send what waits; one that hangs holds up the end of the run no longer."""
+
+log = logging.getLogger("salon.telemetry")
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` series are not in the catalogue
 
@@ -47,10 +56,11 @@ class Telemetry:
         *,
         source: Source = Source.ACTORS,
         serve: bool = True,
-        sinks: Sequence[Sink] | None = None,
+        sinks: Mapping[str, Callable[[], Sink]] | None = None,
     ) -> None:
         """folder: local run folder. serve: listen on telemetry.metrics_host:metrics_port and write the address there.
 
+        sinks: how to make them, by name; None: those that the configuration asks for.
         Raises ConfigError when a tracker is not installed or the port is taken.
         """
         self.config, self.folder = config, Path(folder)
@@ -61,11 +71,17 @@ class Telemetry:
         self.throughput = Throughput(count_accelerators(config, source))
         self._latest: dict[str, float | None] = {"step": 0}
         self._lock = threading.Lock()
-        self._rows, self._events = _appending(self.folder / "metrics.jsonl"), _appending(self.folder / "events.jsonl")
-        self._sinks = list(make_sinks(config, self.folder) if sinks is None else sinks)
+        self._rows, self._events = (AppendingFile(self.folder / f"{name}.jsonl") for name in ("metrics", "events"))
+        self._losing: set[AppendingFile] = set()
+        self._closed = False
+        makers = make_sinks(config, self.folder) if sinks is None else sinks
         self.trace = Trace(self.folder if config.telemetry.trace_mb else None, config.telemetry.trace_mb)
         self._server: Any = None
         self.address = self._listen() if serve else ""
+        self._sinks = [
+            SinkThread(name, make, partial(self.count, ROWS_LOST, sink=name), self.event)
+            for name, make in makers.items()
+        ]
         self._declare()
 
     def _declare(self) -> None:
@@ -76,6 +92,8 @@ class Telemetry:
         for scorer in self.config.scorers:
             self.gauge("salon_scorer_held_out", float(scorer.held_out), scorer=scorer.name)
         self.gauge("salon_staleness_limit_steps", self.config.pipeline.max_staleness)
+        for name in (*(sink.name for sink in self._sinks), self._rows.path.name, self._events.path.name):
+            self.count(ROWS_LOST, 0, sink=name)
         self.gauge("salon_step", 0)
         self.gauge("salon_training", 0)
 
@@ -180,8 +198,10 @@ class Telemetry:
     def _write_row(self, step: int) -> dict[str, float]:
         row = self.snapshot()
         self._append(self._rows, {"time": time.time(), **row})
-        for sink in self._sinks:
-            sink.scalars({key: value for key, value in row.items() if math.isfinite(value)}, step)
+        if self._sinks:
+            shown = for_sinks(row, _OF_PROCESSES)
+            for sink in self._sinks:
+                sink.scalars(shown, step)
         return row
 
     def status(self) -> dict[str, float | None]:
@@ -194,9 +214,13 @@ class Telemetry:
         self.gauge("salon_images_per_second_per_gpu", self.throughput.images_per_second_per_gpu())
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """Show a picture, uint8 [H,W,3], in every sink."""
+        """Show a picture, uint8 [H,W,3], in every sink; it must not change afterwards."""
         for sink in self._sinks:
             sink.image(tag, image, step)
+
+    def rows_waiting(self) -> int:
+        """Rows and pictures that a sink has not taken yet."""
+        return sum(sink.waiting for sink in self._sinks)
 
     def snapshot(self) -> dict[str, float]:
         """Every series that has a value, by its key in metrics.jsonl."""
@@ -206,11 +230,16 @@ class Telemetry:
         return row
 
     def close(self) -> None:
-        """Flush files, end sinks, stop listening."""
+        """End sinks, which have CLOSE_S for it together, and files; stop listening."""
+        deadline = time.monotonic() + CLOSE_S
         for sink in self._sinks:
-            sink.close()
-        for file in (self._rows, self._events):
-            file.close()
+            sink.end()
+        for sink in self._sinks:
+            sink.join(deadline)
+        with self._lock:
+            self._closed = True
+            self._rows.close()
+            self._events.close()
         self.trace.close()
         if self._server is not None:
             server, thread = self._server
@@ -236,20 +265,39 @@ class Telemetry:
                 "telemetry.metrics_port", f"cannot listen on {host}:{port} ({error.strerror})", way_out
             ) from error
         address = f"http://{host}:{self._server[0].server_port}/metrics"
-        (self.folder / ADDRESS_FILE).write_text(address + "\n")
+        try:
+            (self.folder / ADDRESS_FILE).write_text(address + "\n")
+        except OSError as error:  # Prometheus is told elsewhere (targets.py)
+            log.warning("%s could not be written: %s", ADDRESS_FILE, error)
         return address
 
-    def _append(self, file: TextIO, row: dict[str, Any]) -> None:
+    def _append(self, file: AppendingFile, row: dict[str, Any]) -> None:
+        """A full disk costs the row, not the run; the first of a spell is told, and all are counted."""
+        line = (json.dumps(_finite(row), default=str) + "\n").encode()
         with self._lock:
-            if not file.closed:
-                with contextlib.suppress(OSError):  # a full disk costs the row, not the run
-                    file.write(json.dumps(_finite(row), default=str) + "\n")
-                    file.flush()
+            if self._closed:
+                return
+            try:
+                file.append(line)
+                self._losing.discard(file)
+            except OSError as error:
+                if file not in self._losing:
+                    log.warning("%s loses rows: %s", file.path, error)
+                self._losing.add(file)
+                self.count(ROWS_LOST, sink=file.path.name)
 
 
 def controller_metrics() -> list[Metric]:
     """The catalogue's series that the controller exports."""
     return [metric for metric in CATALOGUE if metric.role == "controller"]
+
+
+_OF_PROCESSES = frozenset(
+    metric.name.removeprefix(PREFIX)
+    for metric in controller_metrics()
+    if metric.labels[1:2] in (("actor",), ("process",))
+)
+"""Series whose first label is a process of the run."""
 
 
 def _make_series(metric: Metric, registry: CollectorRegistry) -> MetricWrapperBase:
@@ -298,10 +346,6 @@ def _alive(books: Any) -> dict[str, int]:
     """Groups alive by state, of the ledger's books."""
     states = getattr(books, "alive_by_state", None)
     return {str(state): int(number) for state, number in (states or {}).items()}
-
-
-def _appending(path: Path) -> TextIO:
-    return path.open("a", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

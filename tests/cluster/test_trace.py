@@ -104,7 +104,7 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_telemetry_traces_phases_spans_and_events(tmp_path: Path) -> None:
-    telemetry = Telemetry(config_of(tmp_path), tmp_path, serve=False, sinks=())
+    telemetry = Telemetry(config_of(tmp_path), tmp_path, serve=False)
     telemetry.phase("learner", "update", 2.0, lane="learner")
     with telemetry.timed("controller", "evaluate", lane="controller"):
         pass
@@ -117,9 +117,7 @@ def test_telemetry_traces_phases_spans_and_events(tmp_path: Path) -> None:
     (update,) = [event for event in events if event["name"] == "update"]
     assert update["dur"] == 2_000_000
     assert abs((update["ts"] + update["dur"]) / 1e6 - wall_clock()) < 600
-    off = Telemetry(
-        config_of(tmp_path, telemetry={"trace_mb": 0, "tensorboard": False}), tmp_path / "off", serve=False, sinks=()
-    )
+    off = Telemetry(config_of(tmp_path, telemetry={"trace_mb": 0, "tensorboard": False}), tmp_path / "off", serve=False)
     off.event("x")
     off.close()
     assert not (tmp_path / "off" / TRACE).exists()
