@@ -1,13 +1,13 @@
 """Faults for a run that is watched from outside: its processes by kind, what comes to harm, the books all the while.
 
-A run is a driver process (`python -m ...`) and whatever it started. `strike` sends a signal to one of them, or SIGKILL
-to all at once; `RunUnderFire` starts the driver again with `resume` when it ended, and `Watch` reads the ledger.
+A run is a driver process (`python -m ...`) and whatever it started. `strike` sends a signal to one of them, or to all
+at once; a stopped driver, and a run that is stopped as a whole, are woken by `wake`. `RunUnderFire` starts the driver
+again with `resume` when it ended, and `Watch` reads the ledger.
 Shared by the soak (soak.py) and law 6 (tests/laws). Does not own: when what is struck.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -39,11 +39,23 @@ Fault = tuple[str, signal.Signals]
 FAULTS: tuple[Fault, ...] = (
     *((kind, number) for kind in KINDS for number in (signal.SIGKILL, signal.SIGSTOP)),
     ("driver", signal.SIGKILL), ("driver", signal.SIGSTOP), ("everything", signal.SIGKILL),
+    ("everything", signal.SIGSTOP),
 )  # fmt: skip
 
 
 def fault_name(fault: Fault) -> str:
     return f"{fault[0]} {fault[1].name}"
+
+
+def is_woken(fault: Fault) -> bool:
+    """Whether the watcher lets what was struck go on: nobody replaces a stopped driver, or a run stopped as a whole."""
+    return fault in (("driver", signal.SIGSTOP), ("everything", signal.SIGSTOP))
+
+
+def frozen_s(config: RunConfig) -> float:
+    """How long a run is stopped as a whole: longer than anyone of it waits for an answer before he calls it a hang."""
+    limits = [config.rollout.lease_s, config.learner.hang_timeout_s, config.weights.timeout_s]
+    return 2.0 + max(*limits, config.cluster.hang_timeout_s, *(scorer.timeout_s for scorer in config.scorers))
 
 
 class BooksBroken(Exception):
@@ -144,20 +156,21 @@ class RunUnderFire:
     def strike(self, fault: Fault, rng: random.Random) -> list[int]:
         """Send the signal; the process ids it went to (none: there is no such process just now)."""
         kind, number = fault
-        victims = self.processes(kind)
-        if kind != "everything":
-            victims = [rng.choice(victims)] if victims else []
-        struck = []
-        for victim in victims:
-            with suppress(psutil.NoSuchProcess):
-                victim.send_signal(number)
-                struck.append(victim.pid)
+        struck: list[int] = []
+        while victims := [each for each in self.processes(kind) if each.pid not in struck]:
+            for victim in victims if kind == "everything" else [rng.choice(victims)]:
+                with suppress(psutil.NoSuchProcess):
+                    victim.send_signal(number)
+                    struck.append(victim.pid)
+            if kind != "everything" or number == signal.SIGKILL:
+                break  # otherwise once more: what one of them has started meanwhile is still running
         return struck
 
     def wake(self) -> None:
-        """Let a stopped driver go on: nobody replaces it, as it is what a scheduler watches."""
-        with suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGCONT)
+        """Let what is stopped go on."""
+        for process in self.processes("everything"):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
 
     def again(self) -> bool:
         """Start the driver with `resume` if it was killed; whether it was."""

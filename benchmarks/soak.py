@@ -2,9 +2,10 @@
 
 Two actors, two DDP ranks, reward servers and a vault train by grpo at staleness 1. At seeded moments one process after
 another, the controller, the driver and everything at once included, is killed (SIGKILL) or stopped (SIGSTOP, so that it
-hangs), in every way once before any way twice. After each fault the soak waits until the run makes steps again with all
-its processes, and notes how long that took. The ledger is read from outside: painted = trained + discarded + alive,
-live groups and staleness within their bounds, nothing acknowledged lost. Memory is noted by kind of process.
+hangs; everything for longer than all hang limits, and then woken), in every way once before any way twice. After each
+fault the soak waits until the run makes steps again with all its processes, and notes how long that took. The ledger is
+read from outside: painted = trained + discarded + alive, live groups and staleness within their bounds, nothing
+acknowledged lost. Memory is noted by kind of process.
 
 Everything noted stands in <runs-dir>/soak.json after every fault: a soak that was ended goes on where it stopped. The
 table of docs/reliability.md is written from it at the end. The first violation ends the soak with status 1.
@@ -35,6 +36,8 @@ from benchmarks.faults import (
     Watch,
     at_full_strength,
     fault_name,
+    frozen_s,
+    is_woken,
     recover,
 )
 from benchmarks.soak_report import show, write_docs
@@ -126,16 +129,18 @@ class Soak:
         return self.run.stop()
 
     def _one(self, run: RunUnderFire, fault: Fault, rng: random.Random) -> None:
-        kind, number = fault
-        stopped_driver = kind == "driver" and number == signal.SIGSTOP
+        kind = fault[0]
         self._wait_for(kind)
         strength, before = len(run.processes(kind)), run.books()
         struck = run.strike(fault, rng)
         click.echo(f"{time.strftime('%H:%M:%S')}  {len(self.notes.faults) + 1}: {fault_name(fault)} {struck}", err=True)
-        replaced = [] if stopped_driver else struck
+        replaced = [] if is_woken(fault) else struck
+        if kind == "everything" and is_woken(fault):
+            self._wait(frozen_s(self.config))
+            run.wake()
         seconds = self._recover(restored=at_full_strength(run, kind, strength, replaced))
         click.echo(f"{time.strftime('%H:%M:%S')}  recovered in {seconds:.1f} s", err=True)
-        if stopped_driver:
+        if kind == "driver" and is_woken(fault):
             self._wait(STOPPED_DRIVER_S)
             run.wake()
         after = run.books()

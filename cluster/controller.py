@@ -26,6 +26,7 @@ from typing import Any
 import ray
 
 from cluster.admission import Admission
+from cluster.awake import within
 from cluster.checkpoints.layout import Checkpoint
 from cluster.context import RunContext
 from cluster.evaluate import (
@@ -356,7 +357,7 @@ class Controller:
             images = await self._paint_chunk(chunk, free)
             try:
                 tables = self.dispatcher.score_images.remote(images, chunk.prompts, scorers)
-                return images, await asyncio.wait_for(value(tables), limit_s)
+                return images, await within(value(tables), limit_s)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 assert self.context is not None
                 self.context.telemetry.event("scoring_lost", evaluation=True, error=f"{type(error).__name__}"[:300])
@@ -370,7 +371,7 @@ class Controller:
             try:
                 paint = self.fleet.handles[name].paint_images.options(num_returns=2)
                 done, images = paint.remote(chunk.prompts, chunk.sampling, chunk.seeds)
-                await asyncio.wait_for(value(done), self.config.rollout.lease_s)  # the images stay where they are
+                await within(value(done), self.config.rollout.lease_s)  # the images stay where they are
                 return images
             except (ray.exceptions.RayActorError, TimeoutError) as error:
                 await self.fleet.revive_once(name, kill=isinstance(error, TimeoutError))

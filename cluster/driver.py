@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import awake
 from cluster.telemetry.progress import ProgressDisplay
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors, ExitCode, SalonError
@@ -216,14 +217,14 @@ def _one_controller(
     controller = ControllerActor.options(**options).remote(config, parts, resume)
     interrupts.begin(controller)
     result, asked = controller.run.remote(), controller.status.remote()
-    answered, limit, status = time.monotonic(), max(START_S, config.cluster.hang_timeout_s), {}
+    answered, limit, status = awake.clock(), max(START_S, config.cluster.hang_timeout_s), {}
     while not ray.wait([result], timeout=0.5)[0]:
         interrupts.act()
         found, asked = _status(controller, asked)
         if found:
-            answered, limit, status = time.monotonic(), config.cluster.hang_timeout_s, found
+            answered, limit, status = awake.clock(), config.cluster.hang_timeout_s, found
             display.update(found)
-        elif time.monotonic() - answered > limit:
+        elif awake.clock() - answered > limit:
             _kill(controller, status)
             had_begun = resume or status.get("has_folder", False)
             raise _ControllerLost(f"the controller did not answer for {limit:g} s", had_begun)

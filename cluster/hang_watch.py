@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.awake import within
 from cluster.context import RunContext
 from cluster.processes import describe_process
 from cluster.refs import value
@@ -59,7 +60,7 @@ class HangWatch:
         while True:
             try:
                 question = handle.__ray_call__.remote(describe_process)
-                process = await asyncio.wait_for(value(question), limit_s)
+                process = await within(value(question), limit_s)
                 in_a_row, limit_s = 0, self.limit_s
             except TimeoutError:
                 in_a_row += 1

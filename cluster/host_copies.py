@@ -26,6 +26,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.awake import wait_all
 from cluster.refs import value
 from contracts.config.learner import WeightsConfig
 from contracts.digests import digest_arrays
@@ -237,7 +238,7 @@ class HostCopies:
     async def _all(self, refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Every member's answer. Raises WeightsError at the first failure, WeightsTimeout at the deadline."""
         tasks = {member: asyncio.ensure_future(value(ref)) for member, ref in refs.items()}
-        done, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        done, pending = await wait_all(tasks.values(), timeout_s)
         for task in pending:
             task.cancel()
         for member, task in tasks.items():

@@ -25,6 +25,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.awake import wait_all, within
 from cluster.host_copies import HostCopies
 from cluster.refs import root_cause, value
 from cluster.workers import RankWorker
@@ -83,7 +84,7 @@ class LearnerGroup:
         name = f"{_prefix()}{uuid.uuid4().hex[:8]}"
         self.placement = placement_group([bundle] * learner.ranks, strategy="PACK", name=name)
         try:
-            await asyncio.wait_for(value(self.placement.ready()), limit)
+            await within(value(self.placement.ready()), limit)
         except TimeoutError:
             raise LearnerError(f"no room for {learner.ranks} learner ranks of {bundle} within {limit:.0f} s") from None
         self.ranks = [self._create(rank) for rank in range(learner.ranks)]
@@ -166,7 +167,7 @@ class LearnerGroup:
     async def _gather(self, refs: list[Any], timeout_s: float) -> list[Any]:
         """All results, or RankLost at the first death or at the deadline (a hung rank is not noticed otherwise)."""
         tasks = [asyncio.ensure_future(value(ref)) for ref in refs]
-        done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        done, pending = await wait_all(tasks, timeout_s)
         errors = {tasks.index(task): task.exception() for task in done if task.exception() is not None}
         if not errors and not pending:
             return [task.result() for task in tasks]

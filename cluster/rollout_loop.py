@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.awake import wait_all, within
 from cluster.context import RunContext, Scored
 from cluster.hang_watch import kill_on_its_node
 from cluster.refs import all_or_none, root_cause, value
@@ -62,7 +63,7 @@ class ActorFleet:
         self.handles = {name: self._create(name) for name in self.names}
         ready = all_or_none(*(value(handle.ready.remote()) for handle in self.handles.values()))
         try:
-            infos = await asyncio.wait_for(ready, START_S)
+            infos = await within(ready, START_S)
         except TimeoutError:
             rollout = self.context.config.rollout
             raise SalonError(
@@ -91,7 +92,7 @@ class ActorFleet:
                     await asyncio.shield(self.reviving[name])
                 noted = store.latest
                 try:
-                    await asyncio.wait_for(value(self._offer(name)), store.timeout_s)
+                    await within(value(self._offer(name)), store.timeout_s)
                 except (RayError, TimeoutError) as error:  # RayError: the actor died, or the arrays with their node
                     self.context.telemetry.event("offer_lost", actor=name, error=type(error).__name__)
                     await self.revive_once(name, kill=isinstance(error, TimeoutError))
@@ -115,8 +116,8 @@ class ActorFleet:
             ray.kill(handle, no_restart=False)
         for _ in range(REVIVE_ATTEMPTS):
             try:
-                self.processes[name] = await asyncio.wait_for(value(handle.ready.remote()), 60)
-                await asyncio.wait_for(value(self._offer(name)), self.context.store.timeout_s)
+                self.processes[name] = await within(value(handle.ready.remote()), 60)
+                await within(value(self._offer(name)), self.context.store.timeout_s)
                 return
             except (RayError, TimeoutError):
                 await asyncio.sleep(1.0)
@@ -226,7 +227,7 @@ class RolloutLoop:
         """What the actor answers within the task's lease, which is renewed while the group waits for room."""
         answer = asyncio.ensure_future(value(painting))
         try:
-            while not (await asyncio.wait([answer], timeout=task.deadline_s))[0]:
+            while not (await wait_all([answer], task.deadline_s))[0]:
                 if (task.group_id, task.attempt) not in self.context.waiting_for_room:
                     raise TimeoutError
             return answer.result()

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import ray
 
+from cluster.awake import missed_s
 from cluster.refs import value
 from contracts import registry
 from contracts.config.scoring import RewardConfig, ScorerConfig
@@ -75,11 +76,29 @@ class Jury:
     ) -> dict[str, ScoreTable]:
         """One table a scorer, for N images. Optional scorers get a grace after the required ones have answered.
 
+        Asked once more where this process was stopped meanwhile and a deadline seems to be over (awake.py).
+
         group: the images are one group that is to be trained on; otherwise an evaluation, which waits for everyone.
         latents: floating [N,C,h,w], for the scorers that read them (`reads_latents`).
         spans: filled with when each scorer was asked and how long it took.
         """
         chosen = [self.scorers[name] for name in (names or self.scorers)]
+        while True:
+            missed = missed_s()
+            tables = await self._ask(chosen, images, prompts, metadata, group, spans, latents)
+            if missed_s() == missed or not any(np.any(t.outcomes == Outcome.TIMED_OUT) for t in tables.values()):
+                return tables
+
+    async def _ask(
+        self,
+        chosen: Sequence[ScorerConfig],
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        group: bool,
+        spans: dict[str, Span] | None,
+        latents: np.ndarray | None,
+    ) -> dict[str, ScoreTable]:
         tasks = {
             scorer.name: asyncio.create_task(
                 self._one(scorer, images, prompts, metadata, spans, latents), name=scorer.name

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.awake import within
 from cluster.context import RunContext
 from cluster.fruitless import Fruitless
 from cluster.refs import root_cause, value
@@ -57,7 +58,7 @@ class ScoringLoop:
             since = {} if online is None else online.mark()
             asked = wall_clock()
             try:
-                tables, spans = await asyncio.wait_for(self._tables(group_id, vault), lease_s)
+                tables, spans = await within(self._tables(group_id, vault), lease_s)
                 if online is not None and (stale := online.stale(tables, since)):
                     raise ScoringError(f"scored by a version that is not in use: {', '.join(stale)}")
             except (RayActorError, RayTaskError, TimeoutError, ScoringError) as error:

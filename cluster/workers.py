@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster import awake
 from cluster.checkpoints.remote import RemoteCheckpoints, learner_files_here, url_of
 from cluster.host_copies import Sender, describe
 from cluster.step import unpainted_group
@@ -68,8 +69,11 @@ class _PendingWeights:
         start = time.monotonic()
         with self.condition:
             limit = timeout_s if self.newest > (-1, -1) else min(timeout_s, FIRST_OFFER_S)
-            if not self.condition.wait_for(lambda: self._available() >= version, limit):
-                raise WeightsTimeout(f"version {version} was not offered within {limit:.0f} s")
+            missed = awake.missed_s()
+            while not self.condition.wait_for(lambda: self._available() >= version, limit):
+                before, missed = missed, awake.missed_s()
+                if missed == before:
+                    raise WeightsTimeout(f"version {version} was not offered within {limit:.0f} s")
         return time.monotonic() - start
 
     def _available(self) -> int:
@@ -390,22 +394,22 @@ class ServerHost:
         self.process, self.port = process, int(url.rsplit(":", 1)[1])  # the same address after a restart
 
     def _watch(self) -> None:
-        answered = time.monotonic()
+        answered = awake.clock()
         while not self.stopping.wait(0.5):
             if self.process.alive():
-                if time.monotonic() - answered < PROBE_S:
+                if awake.clock() - answered < PROBE_S:
                     continue
                 if self._answers():
-                    answered = time.monotonic()
+                    answered = awake.clock()
                     continue
-                if time.monotonic() - answered < self.scorer.timeout_s:
+                if awake.clock() - answered < self.scorer.timeout_s:
                     continue
             with self.lock:
                 if not self.stopping.is_set():
                     self.restarts += 1
                     self.process.stop(grace_s=0.0)  # one that hangs holds the port
                     self._launch()
-            answered = time.monotonic()
+            answered = awake.clock()
 
     def _answers(self) -> bool:
         """Whether the server's event loop answers; its scorer may be busy for as long as it likes."""

@@ -24,6 +24,8 @@ from typing import Any, TextIO
 
 import psutil
 
+from cluster import awake
+
 STACKS_ENV = "SALON_STACKS"
 SETTLE_S = 1.0
 """Seconds a process gets to write its stacks."""
@@ -92,7 +94,7 @@ class Watchdog:
         """on_stall(where the stacks are, number of processes) is told of each stall, from the watchdog's thread."""
         self.limit_s, self.folder, self._dump, self._on_stall = limit_s, Path(folder), dump, on_stall
         self._poll_s = poll_s if poll_s is not None else min(10.0, limit_s / 4)
-        self._last = time.monotonic()
+        self._last = awake.clock()
         self._stalled = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -104,7 +106,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """Something finished: the run moves."""
-        self._last, self._stalled = time.monotonic(), False
+        self._last, self._stalled = awake.clock(), False
 
     def stop(self) -> None:
         self._ended.set()
@@ -113,7 +115,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._poll_s):
-            if not self._stalled and time.monotonic() - self._last > self.limit_s:
+            if not self._stalled and awake.clock() - self._last > self.limit_s:
                 self._stalled = True
                 self._write(self._dump())
 

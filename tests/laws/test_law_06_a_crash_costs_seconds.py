@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +21,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks.faults import FAULTS, RunUnderFire, Watch, at_full_strength, fault_name, recover
+from benchmarks.faults import (
+    FAULTS,
+    KINDS,
+    RunUnderFire,
+    Watch,
+    at_full_strength,
+    fault_name,
+    frozen_s,
+    is_woken,
+    recover,
+)
 from cluster.checkpoints.layout import list_whole
 from cluster.evaluate import LocalJury, make_source
 from cluster.inprocess import InProcessRun, start_in_process
@@ -88,6 +99,7 @@ class Fire:
     starts: int
     rows: list[GroupRow]
     journal: list[Event]
+    lost_in_sleep: dict[str, set[int]]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +111,7 @@ def fire(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Fire:
     run = start(config, folder, repo_root, "exact")
     struck: Counter[str] = Counter()
     seconds: dict[str, float] = {}
+    lost_in_sleep: dict[str, set[int]] = {}
     try:
         recover(run, watch, steps=3)
         for fault in rng.sample(FAULTS, len(FAULTS)):
@@ -106,10 +119,15 @@ def fire(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Fire:
             number, victims = len(run.processes(fault[0])), run.strike(fault, rng)
             assert victims, fault
             struck[fault_name(fault)] += 1
-            if fault[0] == "driver" and fault[1].name == "SIGSTOP":
-                recover(run, watch, steps=2)  # the run goes on without its driver
+            if is_woken(fault):
+                before = pids(run)
+                if fault[0] == "driver":
+                    recover(run, watch, steps=2)  # the run goes on without its driver
+                else:
+                    time.sleep(max(frozen_s(config), config.reward.lease_s + 2.0))  # every limit is over
                 run.wake()
-                victims = []
+                recover(run, watch, steps=2)
+                lost_in_sleep[fault_name(fault)], victims = before - pids(run), []
             seconds[fault_name(fault)] = recover(run, watch, restored=at_full_strength(run, fault[0], number, victims))
         exit_code = run.stop()
     finally:
@@ -118,7 +136,12 @@ def fire(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Fire:
         print((folder / "driver.log").read_text()[-4000:])
     with closing(LedgerReader(folder / "fire" / "ledger.sqlite")) as ledger:
         rows, journal = ledger.rows(), ledger.journal()
-    return Fire(config, folder / "fire", struck, seconds, exit_code, run.starts, rows, journal)
+    return Fire(config, folder / "fire", struck, seconds, exit_code, run.starts, rows, journal, lost_in_sleep)
+
+
+def pids(run: RunUnderFire) -> set[int]:
+    """Every process of the run that can be judged to hang."""
+    return {process.pid for kind in ("driver", *KINDS) for process in run.processes(kind)}
 
 
 @pytest.mark.slow
@@ -132,6 +155,12 @@ def test_every_fault_struck_and_the_run_stopped_resumable(fire: Fire) -> None:
     assert summary["outcome"] == "stopped"
     assert list((fire.folder / "stacks").glob("actor-0-*.txt"))  # the environment of the run reached its processes
     assert summary["images_discarded"] == {}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_as_a_whole_goes_on_with_all_its_processes(fire: Fire) -> None:
+    """Whoever was stopped together with the others takes none of them for hung, though every limit is over."""
+    assert fire.lost_in_sleep == {"driver SIGSTOP": set(), "everything SIGSTOP": set()}
 
 
 @pytest.mark.slow
