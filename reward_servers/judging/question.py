@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from contracts.scores import Outcome
+from reward_servers.judging.png import png
 
 
 class Undecided(Exception):
@@ -52,9 +51,7 @@ class Picture:
     @cached_property
     def data_url(self) -> str:
         """Lossless PNG by value: a judge is never handed a URL to fetch."""
-        buffer = io.BytesIO()
-        Image.fromarray(self.pixels).save(buffer, "PNG", compress_level=1)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return "data:image/png;base64," + base64.b64encode(png(self.pixels)).decode()
 
 
 @dataclass(frozen=True)
