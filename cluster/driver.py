@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _RAY_ALONE = {"RAY_task_events_report_interval_ms": "0"}
 """Nobody asks a Ray of the run's own for the history of its tasks, of which Ray would keep 100,000: 240 MB."""
 
+REACH_S = 5.0
+"""Time the cluster's port has to answer."""
+
 START_S = 600.0
 """Shortest time a controller has to answer for the first time: its process starts, and may wait for a machine."""
 
@@ -55,7 +58,7 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
 
     try:
         _refuse([*check_cluster(config, ray.cluster_resources()), *check_deployed(config)])
-        inherited = started_here and not _address(config)
+        inherited = started_here and not cluster_address(config)
         return _follow(config, show, resume, parts, controller_options(config, inherited))
     finally:
         if started_here:
@@ -72,7 +75,7 @@ def start_ray(config: RunConfig) -> bool:
 
     Without an address a cluster that happens to run on this machine is left alone.
     """
-    address = _address(config)
+    address = cluster_address(config)
     if not address:
         _ensure_token()  # before Ray is imported: it reads the mode then, and never again
     import ray
@@ -83,12 +86,12 @@ def start_ray(config: RunConfig) -> bool:
         "log_to_driver": bool(os.environ.get("SALON_DEBUG")), "logging_level": "WARNING",
     }  # fmt: skip
     if address:
+        if not _listens(address):
+            raise _no_cluster(address)
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
-            raise ConfigError(
-                "cluster.address", f"no Ray cluster answers at {address}", "start it, or mend it"
-            ) from error
+            raise _no_cluster(address) from error
         return "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
     with _environment(worker_environment(config) | _RAY_ALONE):  # inherited by Ray's processes and all they start
         ray.init(
@@ -98,9 +101,27 @@ def start_ray(config: RunConfig) -> bool:
     return True
 
 
-def _address(config: RunConfig) -> str | None:
+def cluster_address(config: RunConfig) -> str | None:
     """Of the cluster to join; None: a Ray of the run's own."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def _listens(address: str) -> bool:
+    """Whether anything answers at host:port; Ray itself would try for two minutes, and then end the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return True  # `auto` and the like, which Ray looks up itself
+    from ray.util import get_node_ip_address
+
+    here = (get_node_ip_address(),) if host in ("127.0.0.1", "localhost") else ()  # where Ray looks for it instead
+    for each in (host.strip("[]"), *here):
+        with suppress(OSError, ValueError, OverflowError), socket.create_connection((each, int(port)), REACH_S):
+            return True
+    return False
+
+
+def _no_cluster(address: str) -> ConfigError:
+    return ConfigError("cluster.address", f"no Ray cluster answers at {address}", "start it (`ray start`), or mend it")
 
 
 @contextmanager

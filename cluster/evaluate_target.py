@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.checks.inputs import read_model_card
+from cluster.checks.headers import read_model_card
 from cluster.evaluate import EvalResult, base_sampling, evaluate_in_process, judging, rollout_sampling
 from cluster.export import read_weights, weights_file
 from cluster.run_folder import RunFolder

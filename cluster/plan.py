@@ -8,11 +8,11 @@ Does not own: whether the run can start (validate.py), placement (controller).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 from cluster.checks.declared import Declared, look_up
-from cluster.checks.inputs import ModelCard, read_model_card
+from cluster.checks.headers import ModelCard, adapted_layers, read_model_card
 from cluster.checks.machines import wanted_cpus, wanted_gpus
 from cluster.checks.method import group_size, num_micro_batches, num_stochastic_steps
 from cluster.telemetry.rates import count_accelerators, gpus_a_replica
@@ -123,10 +123,11 @@ def _group_bytes(
 
 
 def trained_parameters(config: RunConfig, card: ModelCard) -> int:
-    """Parameters that train: all of the network's, or the adapter's (exact for the family's own targets)."""
+    """Parameters that train: all of the network's, or the adapter's."""
     if config.model.tuning == "full":
         return card.network
-    return sum(config.model.lora.rank * (rows + columns) for rows, columns in card.lora_layers)
+    shapes = adapted_layers(card.layers, config.model.lora).values()
+    return sum(config.model.lora.rank * (shape[0] + prod(shape[1:])) for shape in shapes)
 
 
 def _weight_bytes(config: RunConfig, card: ModelCard | None) -> int | None:
@@ -207,7 +208,14 @@ def describe(config: RunConfig, warnings: list[str] | None = None) -> str:
 def _table(places: list[Place]) -> list[str]:
     rows = [("role", "number", "CPUs", "GPUs", "memory", "what it does")]
     rows += [
-        (p.role, str(p.number), f"{p.cpus:g}", f"{p.gpus:g}", "" if p.memory is None else size_text(p.memory), p.what)
+        (
+            p.role,
+            str(p.number),
+            f"{p.cpus:g}",
+            f"{p.gpus:g}",
+            "not estimated" if p.memory is None else size_text(p.memory),
+            p.what,
+        )
         for p in places
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

@@ -2,7 +2,7 @@
 
 `check` needs no cluster and loads no model; built-in plug-ins are not imported, so no torch. `check_scorers_live` asks
 reward servers given by URL; `check_deployed` those given by name, and `check_cluster` compares with the resources, of a
-Ray cluster that this process has joined.
+Ray cluster that this process has joined; `join_and_check` joins the one that is named.
 Does not own: unknown keys and wrong types (contracts.config), the checks themselves (checks/).
 """
 
@@ -74,11 +74,11 @@ def check_deployed(config: RunConfig) -> list[ConfigError]:
 
 
 def join_and_check(config: RunConfig) -> list[ConfigError]:
-    """`check_deployed` in a process of its own: joins the cluster that `check` has seen to be named, if need be."""
-    if not _names_deployments(config):
-        return []
-    from cluster.driver import start_ray
+    """What the cluster that the run is to join lacks, resources and deployed scorers; joins it where one is named."""
+    from cluster.driver import cluster_address, start_ray
 
+    if cluster_address(config) is None:
+        return []
     try:
         joined = start_ray(config)
     except ConfigError as error:
@@ -86,7 +86,7 @@ def join_and_check(config: RunConfig) -> list[ConfigError]:
     import ray
 
     try:
-        return check_deployed(config)
+        return [*check_cluster(config, ray.cluster_resources()), *check_deployed(config)]
     finally:
         if joined:
             ray.shutdown()

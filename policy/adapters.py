@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from contracts.config.model import LoraConfig
 from contracts.errors import ConfigError
 from contracts.seeds import Stream, derive_seed
-
-ADAPTER = "default"
-"""peft's name of the trained adapter. Snapshots held as further adapters carry other names."""
+from policy.lora_names import ADAPTER, ends_with, leaf_names
 
 
 def inject_lora(network: nn.Module, config: LoraConfig, family_targets: Sequence[str], seed: int) -> None:
@@ -31,13 +29,13 @@ def inject_lora(network: nn.Module, config: LoraConfig, family_targets: Sequence
     this network lacks are passed over; a configured one raises ConfigError.
     """
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    targets = [t for t in (config.targets or family_targets) if any(_ends_with(name, t) for name in names)]
+    targets = [t for t in (config.targets or family_targets) if any(ends_with(name, t) for name in names)]
     unmatched = sorted(set(config.targets or ()) - set(targets))
     if unmatched or not targets:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
         raise ConfigError(
-            "model.lora.targets", f"no layer is called {', '.join(unmatched)}", f"layers are called {', '.join(leaves)}"
-        )
+            "model.lora.targets", f"no layer is called {', '.join(unmatched)}",
+            f"layers are called {', '.join(leaf_names(names))}",
+        )  # fmt: skip
     peft_config = PeftLoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=targets,
         init_lora_weights="gaussian" if config.init == "gaussian" else True,
@@ -49,10 +47,6 @@ def inject_lora(network: nn.Module, config: LoraConfig, family_targets: Sequence
     for layer in lora_layers(network).values():
         layer.lora_A.to(dtype)
         layer.lora_B.to(dtype)
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def canonical_name(name: str) -> str:

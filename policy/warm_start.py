@@ -22,10 +22,9 @@ from contracts.config.model import ModelConfig
 from contracts.errors import ConfigError
 from policy.adapters import ADAPTER, lora_layers
 from policy.families.base import Family
+from policy.lora_names import LORA_FILES, PEFT_FILE, bare_name, find_lora, layers_of, pair_names
 
 _FIELD = "model.warm_start"
-_PREFIXES = ("transformer.", "base_model.model.transformer.", "base_model.model.")
-_LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,10 @@ def apply_warm_start(network: nn.Module, config: ModelConfig, family: Family) ->
 
 
 def _find_lora(path: Path) -> Path | None:
-    if path.is_file():
-        return path
-    for name in _LORA_FILES:
-        if (path / name).is_file():
-            return path / name
-    if (path / "config.json").is_file() or (path / "transformer").is_dir():
-        return None
-    raise ConfigError(_FIELD, f"{path} holds neither {' nor '.join(_LORA_FILES)} nor a transformer")
+    found = find_lora(path)
+    if found is None and not (path / "config.json").is_file() and not (path / "transformer").is_dir():
+        raise ConfigError(_FIELD, f"{path} holds neither {' nor '.join(LORA_FILES)} nor a transformer")
+    return found
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -68,29 +63,20 @@ def read_lora(path: Path) -> LoraFile:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {_strip(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {bare_name(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise ConfigError(_FIELD, f"{path} is not a readable safetensors file ({error})") from error
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name})
-    try:
-        pairs = {n: (tensors.pop(f"{n}.lora_A.weight"), tensors.pop(f"{n}.lora_B.weight")) for n in layers}
-    except KeyError as error:
-        raise ConfigError(_FIELD, f"{path} lacks {error.args[0]}") from error
-    if tensors or not pairs:
-        other = next(iter(tensors), "nothing")
+    layers, others = layers_of(tensors)
+    if others or not layers:
+        other = next(iter(others), "nothing")
         raise ConfigError(_FIELD, f"{path} is no plain LoRA: it holds {other}", "lora_A/lora_B of the transformer only")
+    pairs = {layer: (tensors[a], tensors[b]) for layer in layers for a, b in [pair_names(layer)]}
     return LoraFile(path, pairs, _alpha(path, metadata))
-
-
-def _strip(key: str) -> str:
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    return key.replace(f".{ADAPTER}.", ".")
 
 
 def _alpha(path: Path, metadata: dict[str, str]) -> float | None:
     beside = path.parent / "adapter_config.json"
-    if beside.is_file() and path.name == _LORA_FILES[1]:
+    if beside.is_file() and path.name == PEFT_FILE:
         return json.loads(beside.read_text()).get("lora_alpha")
     if "lora_adapter_metadata" in metadata:
         return json.loads(metadata["lora_adapter_metadata"]).get("transformer.lora_alpha")

@@ -18,7 +18,7 @@ class PromptsConfig(Section):
     shuffle: bool = True
     held_out_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of a file kept for evaluation")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of a module:Class source; playground: {kinds: [...]}"
+        default_factory=dict, description="what a module:Class source reads there; playground: {kinds: [...]}"
     )
 
 

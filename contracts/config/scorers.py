@@ -16,6 +16,16 @@ from contracts.config.judges import JUDGE_SCORER_OPTIONS
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 
 
+class NoOptions(Section):
+    """Of a scorer that has nothing to choose."""
+
+
+class PlaygroundCnnOptions(Section):
+    """The playground's small CNN."""
+
+    device: str = Field(default="cpu", description="torch device")
+
+
 class DeviceOptions(Section):
     """Where and in which arithmetic a model of transformers runs."""
 
@@ -213,6 +223,10 @@ class ConsistencyOptions(DinoOptions):
 
 
 SCORER_OPTIONS: dict[str, type[Section]] = {
+    "playground_verifier": NoOptions,
+    "playground_cnn": PlaygroundCnnOptions,
+    "colourfulness": NoOptions,
+    "attrictrl": NoOptions,
     "clip": ClipOptions,
     "clip_goal": ClipGoalOptions,
     "pickscore": PickScoreOptions,
@@ -238,7 +252,7 @@ SCORER_OPTIONS: dict[str, type[Section]] = {
     "d2_align": D2AlignOptions,
     **JUDGE_SCORER_OPTIONS,
 }
-"""Registry name of a scorer -> the options it takes."""
+"""Registry name of a scorer -> the options it takes. Every built-in scorer has its row."""
 
 
 def num_comparisons(group_size: int, pairs: int | None) -> int:
@@ -248,7 +262,7 @@ def num_comparisons(group_size: int, pairs: int | None) -> int:
 
 
 def checked_options(name: str, options: dict[str, object]) -> Section | None:
-    """The options of a built-in scorer, validated; None for a scorer that has no section here.
+    """The options of a built-in scorer, validated; None for a scorer of your own.
 
     Raises pydantic's ValidationError with one entry a wrong or unknown option.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow
@@ -18,10 +18,12 @@ from PIL import Image
 from actors import images
 from actors.images import read_image
 from actors.prompts.base import ListedPrompts, PromptSource, split_of
+from contracts.config.prompts import PROMPT_OPTIONS, CaptionKind
 from contracts.config.rollout import PromptsConfig
 from contracts.errors import ConfigError
 from contracts.registry import entries, resolve
 from contracts.wire import PromptSpec
+from playground.world.captions import KINDS
 
 
 def source(name: str, path: Path | str | None = None, seed: int = 0, **keys: Any) -> PromptSource:
@@ -39,6 +41,11 @@ def write_lines(path: Path, lines: Sequence[str]) -> Path:
 @pytest.mark.parametrize("entry", entries("prompts"), ids=lambda entry: entry.name)
 def test_classes_declare_what_the_registry_says(entry: Any) -> None:
     assert resolve("prompts", entry.name).load().declares == entry.declares
+
+
+def test_every_built_in_source_says_which_options_it_takes() -> None:
+    assert set(PROMPT_OPTIONS) == {entry.name for entry in entries("prompts")}
+    assert get_args(CaptionKind) == KINDS
 
 
 # -- order and splits

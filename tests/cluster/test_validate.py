@@ -248,6 +248,39 @@ def test_the_plan_knows_the_models_size_from_its_headers(tiny_model_folder: Path
         assert made.weight_bytes == trained * torch.float32.itemsize
 
 
+def test_a_lora_is_held_against_the_model_by_its_header(tiny_model_folder: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from cluster.checks.headers import adapted_layers, read_model_card
+    from contracts.config.model import LoraConfig
+
+    card = read_model_card(tiny_model_folder)
+    assert card is not None
+
+    def problems(tensors: dict[str, Any], **lora: Any) -> str:
+        path = tmp_path / "warm.safetensors"
+        save_file({f"transformer.{name}": np.zeros(shape, np.float32) for name, shape in tensors.items()}, path)
+        model = {"path": str(tiny_model_folder), "tuning": "lora", "lora": lora, "warm_start": str(path)}
+        return "\n".join(map(str, validate.check(make_run(tiny_model_folder, model=model))))
+
+    tensors = {}
+    for name, (rows, columns) in adapted_layers(card.layers, LoraConfig()).items():
+        tensors |= {f"{name}.lora_A.weight": (4, columns), f"{name}.lora_B.weight": (rows, 4)}
+    assert problems(tensors, rank=4) == ""
+    assert "set model.lora.rank=4" in problems(tensors, rank=8)
+    assert "set model.lora.targets" in problems(tensors, rank=4, targets=["to_q"])
+    name = next(iter(tensors))
+    assert "of another size" in problems({**tensors, name: (4, 1)}, rank=4)
+    assert "is no LoRA" in problems({key: shape for key, shape in tensors.items() if key != name}, rank=4)
+
+
+def test_the_plan_says_which_memory_it_does_not_know(tiny_model_folder: Path) -> None:
+    lines = plan.describe(make_run(tiny_model_folder)).splitlines()
+    rows = [line for line in lines if line.strip().startswith(("controller", "dispatcher", "reward server", "rank"))]
+    assert ["not estimated" in row for row in rows] == [True, True, False, True]
+
+
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 LEAVES = st.none() | st.booleans() | st.integers(-3, 10**9) | st.floats() | TEXT
 KEYS = st.sampled_from(sorted(RunConfig.model_fields)) | TEXT

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_kit import local_ray
 
 from cluster import validate
 from contracts.config.load import config_from_tree
@@ -99,6 +100,27 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown family": ({"model.family": "sd9"}, "model.family", "sd3"),
     "warm start that is not there": ({"model.warm_start": NO_FILE}, "model.warm_start", "LoRA"),
     "unsafe warm start": ({"model.warm_start": __file__}, "model.warm_start", "safetensors"),
+    "warm start that is no LoRA": (
+        {"model.warm_start": "playground/scorer/scorer.safetensors"}, "model.warm_start", "is no LoRA",
+    ),
+    "warm start of another model": ({"model.warm_start": "playground/base"}, "model.warm_start", "other layers"),
+    "adapter of nothing": (
+        {"model.tuning": "lora", "model.lora": {"targets": ["to_q", "nonsense"]}}, "model.lora.targets", "to_q",
+    ),
+    "unknown option of the prompts": ({"prompts.options": {"kindz": ["two"]}}, "prompts.options.kindz", "kinds"),
+    "unknown kind of captions": ({"prompts.options": {"kinds": ["foo"]}}, "prompts.options.kinds.foo", "counting"),
+    "no kind of captions": ({"prompts.options": {"kinds": {"two": 0}}}, "prompts.options.kinds", "one or more"),
+    "option of a file of prompts": (
+        {"prompts": {"source": "text", "path": __file__, "options": {"kinds": ["two"]}}},
+        "prompts.options.kinds", "options are none",
+    ),
+    "unknown option of a scorer": (
+        {"scorers.0.options": {"bogus": 1}}, "scorers.0.options.bogus", "options are none",
+    ),
+    "unknown option of an own scorer": (
+        {"scorers.0": {"name": "own", "serve": "own_optioned_scorer:Optioned", "options": {"bogus": 1}}},
+        "scorers.0.options", "options are limit",
+    ),
     "adapter for full weights": ({"model.lora": {"rank": 8}}, "model.lora", "tuning=lora"),
     "cuda without a GPU": ({"model.device": "cuda"}, "rollout.gpus_per_actor, model.device", "=1"),
     "GPU for a CPU run": ({"model.device": "cpu", "learner.gpus_per_rank": 1}, "learner.gpus_per_rank", "=0"),
@@ -169,6 +191,41 @@ def test_what_a_live_cluster_lacks_is_found(make_run: Callable[..., RunConfig]) 
     assert "rollout.gpus_per_actor" in error.field
     assert "asks for 5 GPUs" in error.problem
     assert len(validate.check_cluster(config, {})) == 2
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_a_cluster_that_does_not_answer_is_told_before_ray_gives_up(
+    command: str, repo_root: Path, tmp_path: Path
+) -> None:
+    """Ray itself would try for two minutes, and then end the process without a word of the address."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", command, "configs/playground_grpo.yaml", "cluster.address=127.0.0.1:1",
+         "learner.engine=plain", f"runs_dir={tmp_path}/runs"],
+        cwd=repo_root, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "cluster.address: no Ray cluster answers at 127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_that_is_named_is_asked_what_it_has(make_run: Callable[..., RunConfig], repo_root: Path) -> None:
+    """validate joins it: the plan where everything fits, one message where an actor is too many."""
+    import ray
+
+    with local_ray(make_run({"cluster.num_cpus": 3})):
+        address = ray.get_runtime_context().gcs_address
+        fits, too_many = (
+            subprocess.run(
+                [sys.executable, "-m", "cluster", "validate", "configs/playground_grpo.yaml", "learner.engine=plain",
+                 f"cluster.address={address}", f"rollout.actors={actors}"],
+                cwd=repo_root, capture_output=True, text=True, timeout=120,
+            )
+            for actors in (2, 3)
+        )  # fmt: skip
+    assert fits.returncode == 0, fits.stderr
+    assert "who runs where" in fits.stdout
+    assert too_many.returncode == 2, too_many.stderr
+    assert "the run asks for 4 CPUs and the cluster has 3" in too_many.stderr
 
 
 PROBE = """

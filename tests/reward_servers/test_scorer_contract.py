@@ -181,7 +181,7 @@ def test_everything_with_weights_names_them(loaded: dict[str, Scorer]) -> None:
 
 
 def test_options_are_those_of_the_registrys_scorers() -> None:
-    assert set(SCORER_OPTIONS) <= {entry.name for entry in SCORERS}
+    assert set(SCORER_OPTIONS) == {entry.name for entry in SCORERS}
 
 
 def test_info_over_http_tells_range_direction_version_and_weights(options_of: dict[str, list[str]]) -> None:
