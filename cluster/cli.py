@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from contracts.config import RunConfig
     from contracts.errors import ConfigError
 
-KINDS = ("family", "sampler", "objective", "credit", "aggregation", "engine", "scorer", "prompts")
+KINDS = ("family", "sampler", "objective", "credit", "aggregation", "guard", "engine", "scorer", "prompts")
 
 _config = click.argument("config")
 _overrides = click.argument("overrides", nargs=-1, metavar="[a.b=c ...]")

@@ -397,7 +397,7 @@ class Controller:
         try:
             cause = root_cause(error)
             reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
-            self._summarise(f"failed: {type(cause).__name__}: {reason}")
+            self._summarise(reason if isinstance(cause, GuardStop) else f"failed: {type(cause).__name__}: {reason}")
         except Exception:
             log.exception("summary.json could not be written")
 

@@ -17,10 +17,11 @@ from cluster.context import RunContext, Scored
 from cluster.learner_group import LearnerGroup, Publication
 from cluster.refs import root_cause, value
 from cluster.rollout_loop import ActorFleet
-from cluster.step import batch_rewards, draft_job, group_rewards, make_credit, make_job, reward_metrics
-from contracts.errors import NotStored, OutOfMemory, RankLost
+from cluster.step import batch_rewards, draft_job, group_rewards, make_credit, make_job, reward_metrics, step_row
+from contracts.errors import GuardStop, NotStored, OutOfMemory, RankLost
 from contracts.needs import objective_needs
-from contracts.wire import DiscardReason, Source, StepReport
+from contracts.wire import DiscardReason, GroupHeader, Source, StepReport
+from learner.guards.run_guards import RunGuards
 
 
 class LearnerLoop:
@@ -35,8 +36,12 @@ class LearnerLoop:
         self.needs = objective_needs(context.config)
         self.rebuilds = 0
         self.first_credit = copy.deepcopy(self.credit.state_dict())
-        self.keeper = CheckpointKeeper(context, group, lambda: copy.deepcopy(self.credit.state_dict()), checkpoint)
-        self._restore_credit()
+        self.guards, self.guard_stop = RunGuards(context.config.guards), ""
+        self.keeper = CheckpointKeeper(
+            context, group, lambda: copy.deepcopy(self.credit.state_dict()),
+            lambda: copy.deepcopy(self.guards.state_dict()), checkpoint,
+        )  # fmt: skip
+        self._restore_state()
         self.max_staleness = 0
         self.copy_processes: list[dict[str, Any]] = []
 
@@ -82,6 +87,8 @@ class LearnerLoop:
                 claimed = await self._claim()
                 if claimed:
                     await self._train_or_paint_again(claimed)
+                if self.guard_stop:
+                    await self._stop_by_guard()
             except RankLost as error:
                 await self._rebuild(error)
         self.context.stop()
@@ -169,7 +176,10 @@ class LearnerLoop:
         if context.online is not None:
             await context.online.boundary(number)
         await self.publish(wait=False)
-        self._report(report, {**aggregated.metrics, **job.credit.metrics, **report.metrics}, groups, staleness, seconds)
+        metrics = {**aggregated.metrics, **job.credit.metrics, **report.metrics}
+        rewards = reward_metrics(tables)
+        self._report(report, metrics, rewards, headers, staleness, seconds)
+        self._ask_guards(step_row(metrics, rewards))
         if self.keeper.due():
             await self.keeper.begin()
         context.bell.ring()
@@ -196,30 +206,58 @@ class LearnerLoop:
         self,
         report: StepReport,
         metrics: Mapping[str, float],
-        groups: dict[int, Scored],
+        rewards: Mapping[str, Mapping[str, float]],
+        headers: Mapping[int, GroupHeader],
         staleness: list[int],
         seconds: float,
     ) -> None:
         context = self.context
         telemetry = context.telemetry
-        images = sum(scored.header.group_size for scored in groups.values())
+        images = sum(header.group_size for header in headers.values())
         telemetry.count("salon_images_trained_total", images)
         for steps in staleness:
             telemetry.observe("salon_staleness_steps", steps)
-        rewards = reward_metrics({group_id: scored.tables for group_id, scored in groups.items()})
         telemetry.step(
             step=context.step, images=images, seconds=seconds, staleness=staleness, rewards=rewards,
             metrics=metrics, phases=report.seconds, books=context.ledger.books(),
         )  # fmt: skip
 
+    def _ask_guards(self, row: Mapping[str, float]) -> None:
+        """Tell what guards have to say of the step; before its checkpoint, which holds their state."""
+        telemetry, step = self.context.telemetry, self.context.step
+        words = self.guards.see(row)
+        for word in words:
+            if word.kind == "stop":
+                telemetry.event("guard_stopped", guard=word.guard, step=step, reason=word.reason)
+            elif word.kind == "begins":
+                telemetry.count("salon_guard_warnings_total", guard=word.guard)
+                telemetry.event("guard_warned", guard=word.guard, warning="begins", step=step, reason=word.reason)
+            else:
+                telemetry.event("guard_warned", guard=word.guard, warning="over", step=step)
+        self.guard_stop = "; ".join(f"{word.guard}: {word.reason}" for word in words if word.kind == "stop")
+
+    async def _stop_by_guard(self) -> None:
+        """Save the step that a guard objects to, then end the run. Raises RankLost: the steps since are made again."""
+        await self.save()
+        where = self.context.folder.location
+        self.context.stop(
+            GuardStop(
+                f"guard stop: {self.guard_stop} (step {self.context.step})\nA checkpoint was written. `python -m "
+                f"cluster resume {where}` goes on, with other settings (guards.0.action=warn) or as it is"
+            )
+        )
+
     async def save(self) -> None:
         """Wait for a checkpoint of the step the run is at. Raises RankLost, StorageError."""
         await self.keeper.write_now()
 
-    def _restore_credit(self) -> None:
+    def _restore_state(self) -> None:
+        """Credit and guards as they were at the checkpoint, or at the start."""
         newest = self.keeper.newest
-        state = self.first_credit if newest is None else newest.run_state().credit
-        self.credit.load_state_dict(copy.deepcopy(state))
+        state = None if newest is None else newest.run_state()
+        self.credit.load_state_dict(copy.deepcopy(self.first_credit if state is None else state.credit))
+        self.guards.load_state_dict({} if state is None else state.guard)
+        self.guard_stop = ""
 
     async def _rebuild(self, lost: RankLost) -> None:
         """Bring the learner back to its last checkpoint; once more when a rank is lost meanwhile.
@@ -255,7 +293,7 @@ class LearnerLoop:
         context, start = self.context, time.monotonic()
         self.keeper.drop()
         await self.group.rebuild(None if self.keeper.newest is None else self.keeper.newest.path)
-        self._restore_credit()
+        self._restore_state()
         again = context.ledger.rollback(self.keeper.step)
         context.step = self.keeper.step
         if context.online is not None:

@@ -43,6 +43,7 @@ def take_status(folder: RunFolder) -> Status:
         "folder": view.folder.location,
         "state": view.state,
         "outcome": view.outcome,
+        "why": view.why,
         "phase": _phase(view),
         "seconds_since_last_word": _silence(view, now),
         "step": step,

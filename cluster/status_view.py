@@ -100,8 +100,8 @@ def _head(status: Status) -> RenderableType:
     if silence is not None:
         head.append(f"   last word {_duration(silence)} ago", style="dim")
     head.append(f"\n{status['folder']}", style="dim")
-    if state == "failed":
-        head.append(f"\n{status['outcome']}", style="red")
+    if status["why"]:
+        head.append(f"\n{status['why']}", style=STATE_STYLES[state])
     bar = Table.grid(padding=(0, 1, 1, 0))
     share = status["share_done"]
     bar.add_row(ProgressBar(total=1.0, completed=share, width=40), f"{share:.0%}")

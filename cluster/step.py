@@ -133,6 +133,15 @@ def make_job(
     return StepJob(step, version, dict(headers), advantages, tuple(plans))
 
 
+def step_row(metrics: Mapping[str, float], rewards: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What guards see of a learner step: this step's numbers alone, none that an earlier one left in a gauge.
+
+    metrics: of rule, credit and objective; rewards: 'scorer/column' -> mean and std (reward_metrics).
+    """
+    scores = {f"reward_{what}/{key}": stats[what] for key, stats in rewards.items() for what in ("mean", "std")}
+    return {**metrics, **scores}
+
+
 def reward_metrics(tables: Mapping[int, Mapping[str, ScoreTable]]) -> dict[str, dict[str, float]]:
     """'scorer/column' -> mean and std over the valid entries of a step's groups."""
     columns: dict[str, list[np.ndarray]] = {}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from cluster.checks.aggregation import check_aggregation
 from cluster.checks.declared import look_up
+from cluster.checks.guards import check_guards
 from cluster.checks.inputs import check_inputs, metadata_keys
 from cluster.checks.jury import ask_servers, check_jury, check_metadata, check_names, reached
 from cluster.checks.machines import check_machines, check_resources
@@ -33,6 +34,7 @@ def check(config: RunConfig) -> list[ConfigError]:
         *check_metadata(config, declared, metadata_keys(config)),
         *check_names(config),
         *check_online(config),
+        *check_guards(config, declared),
         *check_inputs(config, declared),
         *check_machines(config),
     ]

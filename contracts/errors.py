@@ -97,7 +97,10 @@ class StorageError(SalonError):
 
 
 class GuardStop(SalonError):
-    """A guard ended the run. A checkpoint was written, so it can be resumed with other settings."""
+    """Guards ended the run. A checkpoint was written, so it can be resumed, as it is or with other settings.
+
+    The first line of the message is the run's outcome: `guard stop: ` with the guards and their reasons.
+    """
 
     exit_code = ExitCode.GUARD_STOP
 

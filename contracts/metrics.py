@@ -90,6 +90,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _controller("log_prob_mismatch", "gauge", "Mean |ratio - 1| before the first update of a step."),
     _controller("effective_sample_size", "gauge", "Share of the batch that the importance weights leave effective."),
     _controller("drift_nats", "gauge", "Mean KL from behaviour to proximal policy a step, in nats."),
+    _controller("guard_warnings_total", "counter", "Warnings of a guard that began.", "guard"),
     _controller("actor_restarts_total", "counter", "Actors restarted.", "actor"),
     _controller("learner_rebuilds_total", "counter", "Times all learner ranks were rebuilt.", "reason"),
     _controller("lease_expired_total", "counter", "Leases that expired, by state.", "state"),
@@ -133,3 +134,30 @@ CATALOGUE: tuple[Metric, ...] = (
 )  # fmt: skip
 
 BY_NAME = {metric.name: metric for metric in CATALOGUE}
+
+_OF_TRAJECTORY = (
+    "policy_loss", "ratio_deviation", "clip_fraction", "approx_kl", "effective_sample_size", "log_prob_mismatch",
+    "drift_nats", "kept_fraction", "kl",
+)  # fmt: skip
+_OF_REWARDS = ("valid_fraction", "reward", "reward_std", "reward_std_within_group", "constant_group_fraction")
+
+STEP_METRICS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("engine", "any"): ("loss", "grad_norm", "lr"),
+    ("objective", "grpo"): _OF_TRAJECTORY,
+    ("objective", "ppo"): (*_OF_TRAJECTORY, "value_loss", "value", "value_clip_fraction"),
+    ("objective", "nft"): ("policy_loss", "positive_loss", "negative_loss", "optimality", "old_distance", "kl"),
+    ("objective", "dpo"): (
+        "policy_loss", "implicit_margin", "implicit_accuracy", "winner_excess_error", "loser_excess_error",
+    ),
+    ("objective", "alignprop"): ("reward", "failed_fraction", "image_gradient_norm"),
+    ("credit", "group"): _OF_REWARDS,
+    ("credit", "gae"): (*_OF_REWARDS, "value_error", "explained_variance"),
+    ("aggregation", "pareto"): ("pareto_front_fraction",),
+    ("aggregation", "constrained"): ("multiplier/",),
+    ("aggregation", "log_tame"): ("tamed/",),
+    ("aggregation", "trust"): ("judge_coef", "judge_trust"),
+    ("aggregation", "confidence_mix"): ("model_reward_mean", "model_reward_std"),
+    ("aggregation", "uncertainty"): ("score_uncertainty",),
+}  # fmt: skip
+"""(kind, name) of a plug-in -> what it may measure of a learner step, by the names of train_metric (or of a series of
+their own). One that ends in / is followed by scorer/column. Plug-ins that are not here measure nothing."""

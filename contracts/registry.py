@@ -27,7 +27,7 @@ from contracts.declarations import (
 from contracts.errors import RegistryError
 from contracts.wire import Source
 
-Kind = Literal["family", "sampler", "objective", "credit", "aggregation", "engine", "scorer", "prompts"]
+Kind = Literal["family", "sampler", "objective", "credit", "aggregation", "guard", "engine", "scorer", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,11 @@ ENTRIES: tuple[Entry, ...] = (
           "Hybrid Reward Normalization, PPR (2509.25598)",
           "a reward for each step whose sign follows the final outcome",
           ("ppr-renorm",), AggregationNeeds(kinds=("point", "pair", "step"), columns="named", critic="always")),
+    Entry("guard", "limit", "learner.guards.limit:Limit", "standard",
+          "a metric of the step that stays above or below a limit"),
+    Entry("guard", "held_out_divergence", "learner.guards.held_out_divergence:HeldOutDivergence",
+          "Scaling Laws for Reward Model Overoptimization (2210.10760)",
+          "the training reward rises while a held-out scorer falls: reward hacking"),
     Entry("engine", "plain", "learner.engines.plain:PlainEngine", "standard", "torch AdamW, DDP over several ranks"),
     Entry("engine", "deepspeed", "learner.engines.deepspeed:DeepSpeedEngine", "ZeRO (1910.02054)",
           "DeepSpeed ZeRO stages 0 to 3"),

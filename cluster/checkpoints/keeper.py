@@ -51,9 +51,10 @@ class CheckpointKeeper:
 
     def __init__(
         self, context: RunContext, group: SavesState, credit_state: Callable[[], dict[str, Any]],
-        newest: Checkpoint | None = None,
+        guard_state: Callable[[], dict[str, Any]], newest: Checkpoint | None = None,
     ) -> None:  # fmt: skip
-        self._context, self._group, self._credit_state = context, group, credit_state
+        self._context, self._group = context, group
+        self._credit_state, self._guard_state = credit_state, guard_state
         self._config: CheckpointConfig = context.config.checkpoint
         url = url_of(context.config)
         self._remote = RemoteCheckpoints(url) if url is not None else None
@@ -131,8 +132,8 @@ class CheckpointKeeper:
         context = self._context
         return RunState(
             step=context.step, seed=context.config.seed, position=context.ledger.next_position(),
-            train_seconds=context.train_seconds(), credit=self._credit_state(), before=context.before,
-            score=context.score, scored_step=context.scored_step,
+            train_seconds=context.train_seconds(), credit=self._credit_state(), guard=self._guard_state(),
+            before=context.before, score=context.score, scored_step=context.scored_step,
             online={} if context.online is None else context.online.state(),
         )  # fmt: skip
 

@@ -51,7 +51,7 @@ def _family(config: RunConfig) -> Iterator[ConfigError]:
     try:
         registry.resolve("family", config.model.family)
     except Exception as error:
-        yield _not_loaded("model.family", config.model.family, error)
+        yield not_loaded("model.family", config.model.family, error)
 
 
 def _scorer(config: RunConfig, index: int, errors: list[ConfigError]) -> ScorerGives | None:
@@ -70,7 +70,7 @@ def _declares(
     try:
         declares = registry.resolve(kind, name).declares
     except Exception as error:
-        errors.append(_not_loaded(where, name, error))
+        errors.append(not_loaded(where, name, error))
         return None
     if not isinstance(declares, wanted):
         way_out = f"set the class attribute `declares = {wanted.__name__}(...)` (contracts/declarations.py)"
@@ -86,13 +86,13 @@ def _function(target: str, where: str) -> Iterator[ConfigError]:
     try:
         function = registry.import_target(target)
     except Exception as error:
-        yield _not_loaded(where, target, error)
+        yield not_loaded(where, target, error)
         return
     if not callable(function):
         yield ConfigError(where, f"{target} is a {type(function).__name__}, not a function")
 
 
-def _not_loaded(where: str, name: str, error: Exception) -> ConfigError:
+def not_loaded(where: str, name: str, error: Exception) -> ConfigError:
     """Whatever a user's module raises on import is told, not thrown: the way out is in that module."""
     if isinstance(error, RegistryError):
         return ConfigError(where, str(error))

@@ -36,6 +36,8 @@ WORDS = {
     "sink_loses_rows": "a tracker does not take rows; the run goes on without them",
     "sink_writes_again": "a tracker takes rows again",
     "report_failed": "the report could not be written",
+    "guard_warned": "a guard warned",
+    "guard_stopped": "a guard stopped the run",
 }
 
 

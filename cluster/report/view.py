@@ -90,6 +90,11 @@ class RunView:
         return str(self.summary.get("outcome") or "")
 
     @property
+    def why(self) -> str:
+        """Why it failed, or which guard stopped it; empty where it says no more than its state."""
+        return self.outcome if self.state in ("failed", "stopped") and self.outcome != self.state else ""
+
+    @property
     def last(self) -> Row:
         """The newest row of metrics.jsonl; empty before the first step."""
         return self.rows[-1] if self.rows else {}

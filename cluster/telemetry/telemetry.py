@@ -91,6 +91,8 @@ class Telemetry:
             self.gauge("salon_accelerators", getattr(counted, role), role=role)
         for scorer in self.config.scorers:
             self.gauge("salon_scorer_held_out", float(scorer.held_out), scorer=scorer.name)
+        for guard in self.config.guards:
+            self.count("salon_guard_warnings_total", 0, guard=guard.key)
         self.gauge("salon_staleness_limit_steps", self.config.pipeline.max_staleness)
         for name in (*(sink.name for sink in self._sinks), self._rows.path.name, self._events.path.name):
             self.count(ROWS_LOST, 0, sink=name)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from contracts.config.base import Section
+from contracts.config.base import Section, variant
 
 ColumnName = Annotated[str, Field(pattern=r"^[^/\s]+(/[^/\s]+)?$")]
 """`scorer` or `scorer/column`."""
@@ -232,8 +232,7 @@ class CustomAggregation(AggregationSection):
 
 
 def _variant(value: Any) -> str:
-    name = value.get("name", "weighted_sum") if isinstance(value, dict) else getattr(value, "name", None)
-    return "custom" if isinstance(name, str) and ":" in name else str(name)
+    return variant(value, default="weighted_sum")
 
 
 AggregationConfig = Annotated[

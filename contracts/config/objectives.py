@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from contracts.config.aggregation import AggregationConfig, WeightedSumConfig
-from contracts.config.base import Section
+from contracts.config.base import Section, variant
 
 
 class TrajectoryFields(Section):
@@ -119,11 +119,6 @@ class CustomObjective(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-def _variant(value: Any) -> str:
-    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return "custom" if isinstance(name, str) and ":" in name else str(name)
-
-
 ObjectiveConfig = Annotated[
     Annotated[GRPOConfig, Tag("grpo")]
     | Annotated[PPOConfig, Tag("ppo")]
@@ -131,7 +126,7 @@ ObjectiveConfig = Annotated[
     | Annotated[DPOConfig, Tag("dpo")]
     | Annotated[AlignPropConfig, Tag("alignprop")]
     | Annotated[CustomObjective, Tag("custom")],
-    Discriminator(_variant),
+    Discriminator(variant),
 ]
 
 

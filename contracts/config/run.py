@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from contracts.config.base import Section
 from contracts.config.checkpoint import CheckpointConfig
+from contracts.config.guards import GuardConfig
 from contracts.config.learner import LearnerConfig, PipelineConfig, VaultConfig, WeightsConfig
 from contracts.config.model import ModelConfig
 from contracts.config.objectives import CreditConfig, ObjectiveConfig
@@ -76,6 +77,7 @@ class RunConfig(Section):
     online: tuple[OnlineConfig, ...] = Field(default=(), description="scorers that learn beside the run")
     credit: CreditConfig = CreditConfig()
     objective: ObjectiveConfig
+    guards: tuple[GuardConfig, ...] = Field(default=(), description="what is watched while nobody watches")
     learner: LearnerConfig = LearnerConfig()
     pipeline: PipelineConfig = PipelineConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -103,4 +105,7 @@ class RunConfig(Section):
             raise ValueError(f"scorers have duplicate names: {', '.join(names)}; give each its own name")
         if all(scorer.held_out for scorer in self.scorers):
             raise ValueError("every scorer is held_out, so there is no reward; let one of them train")
+        guards = [guard.key for guard in self.guards]
+        if len(set(guards)) < len(guards):
+            raise ValueError(f"guards have duplicate names: {', '.join(guards)}; give each a label of its own")
         return self

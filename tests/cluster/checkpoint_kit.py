@@ -128,7 +128,7 @@ class SmallRun:
         self.learner = OneFileLearner()
         self.learner.context = self.context
         self.credit: dict[str, Any] = {"rows": 0}
-        self.keeper = CheckpointKeeper(self.context, self.learner, lambda: dict(self.credit), checkpoint)
+        self.keeper = CheckpointKeeper(self.context, self.learner, lambda: dict(self.credit), dict, checkpoint)
 
     def at(self, position: int) -> PromptSpec:
         return PromptSpec(text=f"prompt {position}")

@@ -56,3 +56,11 @@ class BrokenPainter(WaitingPainter):
 
     def denoise(self, task: PromptTask) -> PromptTask:
         raise RuntimeError("the brush is broken\nand here is much more about it")
+
+
+class DriftingLearner(WaitingLearner):
+    """Measures a KL that grows by 0.1 a step."""
+
+    def update(self, job: StepJob, fetch: Any, fetch_embedding: Any) -> StepReport:
+        report = super().update(job, fetch, fetch_embedding)
+        return report.model_copy(update={"metrics": {**report.metrics, "kl": job.step / 10}})

@@ -145,7 +145,7 @@ def test_an_unfinished_folder_is_no_checkpoint_and_is_cleared_away(run: SmallRun
     (run.folder.checkpoints / "step-000010").mkdir()
     assert list_whole(run.folder.checkpoints) == []
     assert newest_whole(run.folder.checkpoints)[0] is None
-    type(run.keeper)(run.context, run.learner, dict)
+    type(run.keeper)(run.context, run.learner, dict, dict)
     assert not leftover.exists()
 
 

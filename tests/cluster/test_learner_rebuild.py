@@ -15,7 +15,7 @@ from cluster.controller import Parts
 from cluster.ledger.reader import LedgerReader
 from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
-from contracts.errors import RankLost
+from contracts.errors import GuardStop, RankLost
 from tests.cluster.lost_ranks import write_faults
 from tests.laws.run_kit import events, local_ray, run_on_cluster, state_tensors, tiny_config
 
@@ -94,6 +94,19 @@ def test_a_rank_lost_in_the_last_save_is_rebuilt_before_the_run_ends(tmp_path: P
     assert final_step(config) == 3
 
 
+@pytest.mark.usefixtures("_ray")
+def test_a_guard_stops_the_run_though_a_rank_is_lost_in_its_save(tmp_path: Path) -> None:
+    """The steps since the last checkpoint are made again, by guards that have not seen them."""
+    guard = {"name": "limit", "metric": "loss", "max": -1.0, "patience": 2, "action": "stop"}
+    config = timer_config(tmp_path, "guarded", guards=[guard], checkpoint={"every_steps": 9})
+    write_faults(config, [("save_state", 2, 0, "SIGKILL")])
+    with pytest.raises(GuardStop, match=r"guard stop: limit/loss: loss is 0.*\(step 2\)"):
+        run_on_cluster(config, TIMERS)
+    assert [event["to_step"] for event in events(config, "learner_rebuild")] == [0]
+    assert [event["step"] for event in events(config, "guard_stopped")] == [2, 2]
+    assert final_step(config) == 2
+
+
 def two_ranks(model: Path, folder: Path, name: str) -> RunConfig:
     return tiny_config(
         model, folder, name=name, learner__ranks=2, checkpoint__every_steps=2, learner__hang_timeout_s=30.0,
@@ -101,7 +114,9 @@ def two_ranks(model: Path, folder: Path, name: str) -> RunConfig:
     )  # fmt: skip
 
 
-def timer_config(folder: Path, name: str, ranks: int = 1, learner: dict[str, Any] | None = None) -> RunConfig:
+def timer_config(
+    folder: Path, name: str, ranks: int = 1, learner: dict[str, Any] | None = None, **sections: Any
+) -> RunConfig:  # fmt: skip
     """Three steps without a model."""
     return config_from_tree(
         {
@@ -117,6 +132,7 @@ def timer_config(folder: Path, name: str, ranks: int = 1, learner: dict[str, Any
             "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
             "telemetry": {"tensorboard": False, "report": False},
             "stop": {"steps": 3},
+            **sections,
         }
     )
 

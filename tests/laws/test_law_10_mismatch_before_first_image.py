@@ -15,8 +15,14 @@ from run_kit import local_ray
 from cluster import validate
 from contracts.config.load import config_from_tree
 from contracts.config.run import RunConfig
+from contracts.errors import ConfigErrors
 
 NO_FILE = "/nonexistent"
+
+HELD_OUT: dict[str, Any] = {
+    "scorers": [{"name": "playground", "serve": "playground_verifier"},
+                {"name": "size", "serve": "jpeg_size", "held_out": True}],
+}  # fmt: skip
 
 # name of the mistake: overrides of a run that works -> (fields named, words of the message or way out)
 MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -130,6 +136,45 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
         {"learner.engine": "deepspeed", "model.dtype": "bf16", "learner.zero_stage": 0}, "learner.zero_stage", "=1",
     ),
     "too few CPUs": ({"cluster.num_cpus": 1}, "cluster.num_cpus", "lower"),
+    "guard of a metric that no step has": (
+        {"guards": [{"name": "limit", "metric": "grad_nrom", "max": 1}]}, "guards.0.metric", "grad_norm",
+    ),
+    "guard of a KL that is not measured": (
+        {"guards": [{"name": "limit", "metric": "kl", "max": 1}]}, "guards.0.metric, objective.kl_beta", "above 0",
+    ),
+    "guard of another objective's metric": (
+        {"guards": [{"name": "limit", "metric": "value_loss", "max": 1}]}, "guards.0.metric", "no step of this run",
+    ),
+    "guard of a column that is not there": (
+        {"guards": [{"name": "limit", "metric": "reward_mean/playground/beauty", "min": 0}]}, "guards.0.metric",
+        "strict",
+    ),
+    "guard of no column": (
+        {"guards": [{"name": "limit", "metric": "reward_std/playground", "min": 0}]}, "guards.0.metric",
+        "reward_std/SCORER/COLUMN",
+    ),
+    "nothing held out for a guard": (
+        {"guards": [{"name": "held_out_divergence", "held_out": "playground"}]}, "guards.0.held_out, scorers",
+        "held_out: true",
+    ),
+    "guard of a scorer that is not there": (
+        {"guards": [{"name": "held_out_divergence", "held_out": "critic"}]}, "guards.0.held_out", "'critic'",
+    ),
+    "guard of a reward that is held out": (
+        {**HELD_OUT, "guards": [{"name": "held_out_divergence", "held_out": "size", "reward": "size/kilobytes"}]},
+        "guards.0.reward", "scorer that trains",
+    ),
+    "guard of a reward that is relative": (
+        {**HELD_OUT, "credit.aggregation": {"name": "win_rate"},
+         "guards": [{"name": "held_out_divergence", "held_out": "size"}]},
+        "guards.0.reward, credit.aggregation.name", "scorer/column",
+    ),
+    "guard of groups that no jury scores": (
+        {"objective": {"name": "alignprop"}, "guards": [{"name": "held_out_divergence", "held_out": "playground"}]},
+        "guards.0.held_out", "no jury",
+    ),
+    "own guard that is not there": ({"guards": [{"name": "nowhere:Mine"}]}, "guards.0.name", "working directory"),
+    "own guard that is none": ({"guards": [{"name": "contracts.seeds:Stream"}]}, "guards.0.name", "guards.base.Guard"),
     "unknown file system": ({"runs_dir": "moon://bucket"}, "runs_dir", "moon://"),
 }  # fmt: skip
 
@@ -162,6 +207,29 @@ def make_run(tiny_model_folder: Path) -> Callable[[dict[str, Any]], RunConfig]:
 
 def test_the_run_that_the_mistakes_are_made_in_works(make_run: Callable[..., RunConfig]) -> None:
     assert validate.check(make_run({})) == []
+
+
+def test_guards_of_what_is_there_are_let_through(make_run: Callable[..., RunConfig]) -> None:
+    limits = ["grad_norm", "reward_std", "drift_nats", "effective_sample_size", "reward_mean/size/kilobytes", "kl"]
+    guards = [{"name": "limit", "metric": metric, "max": 1} for metric in limits]
+    guards.append({"name": "held_out_divergence", "held_out": "size"})
+    guards.append({"name": "held_out_divergence", "held_out": "size/kilobytes", "reward": "playground/strict"})
+    assert validate.check(make_run({**HELD_OUT, "objective.kl_beta": 0.1, "guards": guards})) == []
+
+
+@pytest.mark.parametrize(
+    ("guard", "words"),
+    [
+        ({"name": "limit", "metric": "loss", "max": 1}, "guards have duplicate names"),
+        ({"name": "limit", "metric": "lr", "maximum": 1, "max": 1}, "maximum"),
+        ({"name": "limits", "metric": "lr", "max": 1}, "limits"),
+    ],
+)
+def test_guards_of_one_name_and_unknown_keys_are_refused(
+    guard: dict[str, Any], words: str, make_run: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(ConfigErrors, match=words):
+        make_run({"guards": [{"name": "limit", "metric": "loss", "max": 2}, guard]})
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from contracts import registry
 from contracts.declarations import AggregationNeeds
 from contracts.errors import ConfigError
+from contracts.metrics import STEP_METRICS
 from learner.credit.run_credit import RunCredit
 
 unit = st.floats(0, 1, width=32)
@@ -131,6 +132,15 @@ def test_state_goes_through_json_and_gives_the_same_next_step(name: str) -> None
     assert first.metrics == second.metrics
     assert all(np.isfinite(list(first.metrics.values())))
     assert one.state_dict() == two.state_dict()
+
+
+@EACH
+def test_it_measures_what_the_catalogue_says(name: str) -> None:
+    """A name that ends in / stands for one a column."""
+    rows = [0.1, 0.9, 0.6], [0.2, 0.8, 0.4]
+    metrics = make(name).aggregate({0: of(name, rows)}, 1).metrics
+    measured = {metric.split("/")[0] + "/" * ("/" in metric) for metric in metrics}
+    assert measured == set(STEP_METRICS.get(("aggregation", name), ()))
 
 
 def test_the_state_of_one_rule_is_not_taken_for_anothers() -> None:

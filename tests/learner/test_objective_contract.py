@@ -15,6 +15,7 @@ from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.objectives import CreditConfig
 from contracts.errors import ConfigError
+from contracts.metrics import STEP_METRICS
 from contracts.needs import objective_needs
 from contracts.scores import point_table
 from learner.credit.base import CreditEntry
@@ -122,6 +123,16 @@ def test_loss_is_a_weighted_sum_and_metrics_are_sums_with_weights(name, fresh, t
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_it_measures_what_the_catalogue_says(name, fresh, tiny_model_folder):
+    """All of it, so that a guard of a metric that is listed can speak, and one of any other is refused."""
+    with_kl = {"kl_beta": 0.1} if name in ("grpo", "ppo", "nft") else {}
+    objective, model, batch = prepared({"name": name, **with_kl}, fresh, tiny_model_folder)
+    pairs = objective.loss(model, batch, 0).metrics
+    means = {metric: float(total / weight) for metric, (total, weight) in pairs.items() if weight > 0}
+    assert set(objective.finish_metrics(means)) == set(STEP_METRICS["objective", name])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_prepass_outputs_have_rows_first_and_no_gradient(name, fresh, tiny_model_folder):
     objective, _, batch = prepared(name, fresh, tiny_model_folder)
     assert bool(batch.prepass) == bool(objective.prepasses(job()))
@@ -197,6 +208,7 @@ def test_credit_entries_yield_the_shape_they_declare_zero_where_invalid(name):
     given = {g: Rewards(np.where(valid, [1.0, 9.0, 2.0, 4.0], np.nan) + g, valid, np.zeros(4)) for g in (3, 8)}
     values = {g: np.zeros((4, 3)) for g in given}
     credit = credit_entry.advantages(CreditBatch(given, values if entry.declares.needs_values else {}))
+    assert set(credit.metrics) == set(STEP_METRICS["credit", name])
     shape = (4, 3) if entry.declares.shape == "step" else (4,)
     assert list(credit.advantages) == [3, 8]
     for advantages in credit.advantages.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 import yaml
 
 from cluster import validate
+from contracts.config.guards import CustomGuard
 from contracts.config.load import config_from_tree
 from contracts.config.objectives import CustomObjective
 from contracts.config.rollout import PromptsConfig
 from contracts.config.scoring import ScorerConfig
 from contracts.registry import import_target
+from learner.guards.run_guards import RunGuards
 from learner.types import MicroBatch
 from reward_servers.client import FunctionScorer
 from reward_servers.scorers.base import ScoreBatch
@@ -40,7 +43,7 @@ def examples(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_run_of_the_examples_alone_validates(examples: Path, tiny_model_folder: Path) -> None:
     assert {path.name for path in examples.iterdir()} >= {
-        "my_reward.py", "my_scorer.py", "my_prompts.py", "my_objective.py",
+        "my_reward.py", "my_scorer.py", "my_prompts.py", "my_objective.py", "my_guard.py",
     }  # fmt: skip
     config = config_from_tree(
         {
@@ -48,6 +51,7 @@ def test_a_run_of_the_examples_alone_validates(examples: Path, tiny_model_folder
             "scorers": [{"name": "bright", "serve": "my_scorer:Brightness", "weights": {"brightness": 1}},
                         {"name": "same", "function": "my_reward:brightness", "held_out": True}],
             "objective": {"name": "my_objective:AdvantageWeighted"}, "learner": {"engine": "plain"},
+            "guards": [{"name": "my_guard:Collapse", "action": "stop", "options": {"share": 0.2}}],
             "stop": {"steps": 1},
         }
     )  # fmt: skip
@@ -90,6 +94,26 @@ def test_the_objective_follows_good_samples_alone(examples: Path) -> None:
     assert gradients[0] != 0
     assert gradients[1] == pytest.approx(2 * gradients[0], rel=1e-6)
     assert gradients[2] == 0
+
+
+def test_the_guard_stops_at_a_share_of_the_first_spread_also_after_a_resume(examples: Path) -> None:
+    config = CustomGuard(name="my_guard:Collapse", action="stop", options={"share": 0.2})
+    guards, resumed = RunGuards((config,)), RunGuards((config,))
+    assert guards.see({}) == guards.see({"reward_std_within_group": 0.5}) == []
+    resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+    assert resumed.see({"reward_std_within_group": 0.1}) == []
+    (word,) = resumed.see({"reward_std_within_group": 0.09})
+    assert (word.guard, word.kind) == ("my_guard:Collapse", "stop")
+
+
+def test_the_guards_of_the_page_are_valid(repo_root: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(guards:.*?)```", (repo_root / "docs/reading-a-run.md").read_text(), re.S)
+    given = {"scorers": [{"name": "judge", "function": "m:f", "held_out": True}, {"name": "a", "function": "m:f"}]}
+    config = config_from_tree(
+        {"name": "page", "model": {"path": "m"}, "stop": {"steps": 1}, **given,
+         "objective": {"name": "grpo", "kl_beta": 0.1}, **yaml.safe_load(text)}
+    )  # fmt: skip
+    assert [error for error in validate.check(config) if error.field.startswith("guards")] == []
 
 
 def test_the_readmes_yaml_is_valid(examples: Path, repo_root: Path, tiny_model_folder: Path) -> None:
