@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.images import read_image
 from actors.proof import check_canary, check_digest
@@ -24,6 +25,7 @@ from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling, SamplerConfig
 from contracts.digests import digest_text
 from contracts.errors import ConfigError, WeightsError
+from contracts.previews import steps_of_group
 from contracts.seeds import Stream, derive_seed
 from contracts.wire import GroupHeader, PromptSpec, PromptTask, Source, WeightOffer, WeightProof
 from policy import schedule
@@ -109,6 +111,8 @@ class Painter:
             negative_digest, negative = self._encode(task.prompt.negative)
             embeddings[negative_digest] = negative
         stochastic = schedule.stochastic_steps(sampling, seed, task.group_id)
+        recorded = stochastic if self._recording.states else []
+        preview_steps = steps_of_group(self.config.scorers, recorded)
         init_seeds = [derive_seed(seed, Stream.INIT_NOISE, task.group_id, i) for i in range(task.group_size)]
         step_seeds = [
             [derive_seed(seed, Stream.STEP_NOISE, task.group_id, i, k) for k in stochastic]
@@ -123,7 +127,7 @@ class Painter:
                 paint(
                     self.policy, self._batch(cond, size), self._batch(negative, size) if negative else None, sampling,
                     stochastic, init_seeds[rows], step_seeds[rows], storage_dtype=self._recording.storage_dtype,
-                    record=self._recording.states, record_means=self._recording.means,
+                    record=self._recording.states, record_means=self._recording.means, preview_steps=preview_steps,
                 )
             )  # fmt: skip
         header = GroupHeader(
@@ -131,13 +135,13 @@ class Painter:
             weight_version=self.version, source=Source.ACTORS, prompt_digest=cond_digest,
             negative_digest=negative_digest, guidance_scale=sampling.guidance_scale, sampler=sampling.name,
             sampler_params=self._sampler.params(), sigmas=schedule.sigmas(sampling.steps, sampling.shift).tolist(),
-            step_indices=stochastic if self._recording.states else [], seeds=init_seeds, micro_batches=sizes,
+            step_indices=recorded, preview_steps=preview_steps, seeds=init_seeds, micro_batches=sizes,
             dims=int(np.prod(self.policy.latent_shape)),
         )  # fmt: skip
         return Denoised(header, tuple(trajectories), embeddings)
 
     def finish(self, denoised: Denoised) -> PaintedGroup:
-        """Decode the images and bring everything to the host. Safe beside a running `denoise`."""
+        """Decode the images and previews and bring everything to the host. Safe beside a running `denoise`."""
         parts = denoised.trajectories
         named = {"clean": torch.cat([part.clean for part in parts])}
         for name in ("states", "log_prob_sum", "means"):
@@ -146,8 +150,15 @@ class Painter:
                 named[name] = torch.cat(recorded)
         arrays, dtypes = export_arrays(named)
         arrays["images"] = np.concatenate([self.policy.decode(part.clean) for part in parts])
+        if denoised.header.preview_steps:
+            arrays["previews"] = np.concatenate([self._decode_previews(part.previews) for part in parts])
         embeddings = {digest: embedding.to_arrays() for digest, embedding in denoised.embeddings.items()}
         return PaintedGroup(denoised.header.model_copy(update={"dtypes": dtypes}), arrays, embeddings)
+
+    def _decode_previews(self, previews: Tensor | None) -> np.ndarray:
+        """uint8 [N,S,H,W,3], a step at a time: as many images at once as `finish` decodes, so as much memory."""
+        assert previews is not None
+        return np.stack([self.policy.decode(latents) for latents in previews.unbind(1)], axis=1)
 
     def encode_pair(self, task: PromptTask) -> PaintedGroup:
         """A preference pair read from its files as a group of two, [chosen, rejected]; clean latents only.

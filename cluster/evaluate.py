@@ -21,6 +21,7 @@ from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
 from contracts.errors import ConfigError
+from contracts.previews import Previews
 from contracts.scores import ScoreTable
 from contracts.seeds import Stream, derive_seed
 from contracts.wire import PromptSpec
@@ -174,10 +175,24 @@ class LocalJury:
                 self.scorers[scorer.name].load()
 
     def score(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        previews: Mapping[str, Previews] | None = None,
     ) -> dict[str, ScoreTable]:
-        """One table a scorer, for N images."""
-        return {s.name: self._one(s, images, prompts, metadata) for s in self.config.scorers}
+        """One table a scorer, for N images; previews: of the scorers that judge them in their place."""
+        from reward_servers.client.steps import fold_steps, unfold_steps
+
+        tables = {}
+        for scorer in self.config.scorers:
+            if previews and scorer.name in previews:
+                seen, steps = previews[scorer.name]
+                table = self._one(scorer, *unfold_steps(seen, prompts, metadata, steps))
+                tables[scorer.name] = fold_steps(table, steps)
+            else:
+                tables[scorer.name] = self._one(scorer, images, prompts, metadata)
+        return tables
 
     def _one(self, scorer: Any, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
         if scorer.name in self.scorers:

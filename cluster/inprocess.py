@@ -31,6 +31,7 @@ from cluster.step import (
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.needs import objective_needs
+from contracts.previews import by_scorer
 from contracts.scores import ScoreTable
 from contracts.wire import GroupHeader, PromptTask, Source, StepReport
 
@@ -110,7 +111,8 @@ class InProcessRun:
         if task.source is not Source.ACTORS:
             return group.header, unscored_tables(group.header)
         texts, metadata = [task.prompt.text] * task.group_size, [task.prompt.metadata] * task.group_size
-        return group.header, self.jury.score(group.arrays["images"], texts, metadata)
+        previews = by_scorer(self.config.scorers, group.header, group.arrays)
+        return group.header, self.jury.score(group.arrays["images"], texts, metadata, previews)
 
     def _update(self, headers: dict[int, GroupHeader], tables: dict[int, dict[str, ScoreTable]]) -> StepReport:
         number = self.steps + 1

@@ -15,6 +15,7 @@ from cluster.checks.declared import Declared, look_up
 from cluster.checks.headers import ModelCard, adapted_layers, read_model_card
 from cluster.checks.machines import wanted_cpus, wanted_gpus
 from cluster.checks.method import group_size, num_micro_batches, num_stochastic_steps
+from cluster.checks.previews import num_previews
 from cluster.telemetry.rates import count_accelerators, gpus_a_replica
 from contracts.config import RunConfig
 from contracts.config.scorers import num_comparisons
@@ -85,7 +86,7 @@ def _source(declared: Declared, needs: ObjectiveNeeds) -> Source:
 def _requests(config: RunConfig, declared: Declared, groups: int, size: int, source: Source) -> dict[str, int]:
     """HTTP requests a step, by scorer: a group is asked about on its own, at most max_batch images a request.
 
-    A scorer that needs a group whole gets it in one request.
+    A scorer that needs a group whole gets it in one request; one of previews is sent those of all its steps.
     """
     if source is Source.FILES:
         return {scorer.name: 0 for scorer in config.scorers}
@@ -93,7 +94,8 @@ def _requests(config: RunConfig, declared: Declared, groups: int, size: int, sou
         number = ceil(groups * size / config.learner_micro_batch)
         return {scorer.name: 0 if scorer.held_out else number for scorer in config.scorers}
     whole = {name for name, gives in declared.scorers.items() if gives is not None and gives.needs_group}
-    return {s.name: groups * (1 if s.name in whole else ceil(size / s.max_batch)) for s in config.scorers}
+    sent = {s.name: size * num_previews(config, [s]) if s.previews is not None else size for s in config.scorers}
+    return {s.name: groups * (1 if s.name in whole else ceil(sent[s.name] / s.max_batch)) for s in config.scorers}
 
 
 def _comparisons(config: RunConfig, declared: Declared, groups: int, size: int) -> dict[str, int]:
@@ -114,7 +116,7 @@ def _group_bytes(
     latent, steps = card.latent[0] * card.latent[1] * card.latent[2], num_stochastic_steps(config)
     stored = size * latent * 4  # clean latents
     if source is Source.ACTORS:
-        stored += size * card.image[0] * card.image[1] * 3
+        stored += size * (1 + num_previews(config, config.scorers)) * card.image[0] * card.image[1] * 3
     if needs.states:
         stored += size * (steps + 1) * latent * _BYTES[config.rollout.storage_dtype] + size * steps * 4
     if needs.states and needs.means:
@@ -234,13 +236,15 @@ def _reserved(config: RunConfig) -> str:
 
 def _step_lines(config: RunConfig, plan: RunPlan) -> list[str]:
     requests = ", ".join(f"{name} {number}" for name, number in plan.reward_requests.items())
-    size = plan.images // plan.groups
+    size, previews = plan.images // plan.groups, num_previews(config, config.scorers)
     lines = [
         f"  images         {plan.images} ({plan.groups} groups of {size}), source: {plan.source.value}",
         f"  reward calls   {requests}",
         f"  updates        {plan.updates}, over {plan.micro_batches} micro-batches of at most "
         f"{config.learner_micro_batch} rows on {_count(config.learner.ranks, 'rank')}",
     ]
+    if previews:
+        lines.insert(1, f"  previews       {_count(previews, 'step')} of each image, {plan.images * previews} decoded")
     if plan.comparisons:
         compared = ", ".join(f"{name} {number}" for name, number in plan.comparisons.items())
         lines.insert(2, f"  comparisons    {compared} (both orders)")

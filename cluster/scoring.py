@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from cluster.refs import value
 from contracts import registry
 from contracts.config.scoring import RewardConfig, ScorerConfig
 from contracts.declarations import ScorerGives
+from contracts.previews import Previews, by_scorer
 from contracts.scores import Outcome, ScoreTable, failed_table
 from contracts.spans import wall_clock
 from contracts.wire import GroupHeader, PromptSpec, Span
@@ -73,6 +74,7 @@ class Jury:
         group: bool = False,
         spans: dict[str, Span] | None = None,
         latents: np.ndarray | None = None,
+        previews: Mapping[str, Previews] | None = None,
     ) -> dict[str, ScoreTable]:
         """One table a scorer, for N images. Optional scorers get a grace after the required ones have answered.
 
@@ -80,12 +82,13 @@ class Jury:
 
         group: the images are one group that is to be trained on; otherwise an evaluation, which waits for everyone.
         latents: floating [N,C,h,w], for the scorers that read them (`reads_latents`).
+        previews: by scorer, of those that judge them in place of the images and answer a step table.
         spans: filled with when each scorer was asked and how long it took.
         """
         chosen = [self.scorers[name] for name in (names or self.scorers)]
         while True:
             missed = missed_s()
-            tables = await self._ask(chosen, images, prompts, metadata, group, spans, latents)
+            tables = await self._ask(chosen, images, prompts, metadata, group, spans, latents, previews)
             if missed_s() == missed or not any(np.any(t.outcomes == Outcome.TIMED_OUT) for t in tables.values()):
                 return tables
 
@@ -98,13 +101,19 @@ class Jury:
         group: bool,
         spans: dict[str, Span] | None,
         latents: np.ndarray | None,
+        previews: Mapping[str, Previews] | None,
     ) -> dict[str, ScoreTable]:
-        tasks = {
-            scorer.name: asyncio.create_task(
-                self._one(scorer, images, prompts, metadata, spans, latents), name=scorer.name
-            )
-            for scorer in chosen
-        }
+        from reward_servers.client import score_steps
+
+        tasks: dict[str, asyncio.Task[ScoreTable]] = {}
+        for scorer in chosen:
+            judge, deadline_s = self.judges[scorer.name], scorer.deadline_s
+            if previews and scorer.name in previews:
+                seen, steps = previews[scorer.name]
+                answer = score_steps(judge, seen, prompts, metadata, steps, deadline_s=deadline_s)
+            else:
+                answer = judge.score(images, prompts, metadata, deadline_s=deadline_s, latents=latents)
+            tasks[scorer.name] = asyncio.create_task(_timed(scorer.name, answer, spans), name=scorer.name)
         required = [tasks[s.name] for s in chosen if s.required or s.held_out or not group]
         if required:
             await asyncio.wait(required)
@@ -112,24 +121,6 @@ class Jury:
         if waiting:
             await asyncio.wait(waiting, timeout=self.reward.optional_grace_s)
         return {name: self._table(name, task, len(images)) for name, task in tasks.items()}
-
-    async def _one(
-        self,
-        scorer: ScorerConfig,
-        images: np.ndarray,
-        prompts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-        spans: dict[str, Span] | None,
-        latents: np.ndarray | None,
-    ) -> ScoreTable:
-        start = wall_clock()
-        try:
-            judge = self.judges[scorer.name]
-            return await judge.score(images, prompts, metadata, deadline_s=scorer.deadline_s, latents=latents)
-        finally:
-            if spans is not None:
-                took = wall_clock() - start
-                spans[scorer.name] = Span(lane=f"scorer {scorer.name}", name="score", start=start, seconds=took)
 
     def _table(self, name: str, task: asyncio.Task[ScoreTable], num_images: int) -> ScoreTable:
         if not task.done():
@@ -147,9 +138,22 @@ class Jury:
         """Whether some scorer reads latents, or has not said yet what it reads."""
         return any(judge.reads != "images" for judge in self.judges.values())
 
+    def judges_previews(self) -> bool:
+        """Whether some scorer judges previews, which every painting then has."""
+        return any(scorer.previews is not None for scorer in self.scorers.values())
+
     async def aclose(self) -> None:
         for judge in self.judges.values():
             await judge.aclose()
+
+
+async def _timed(name: str, answer: Awaitable[ScoreTable], spans: dict[str, Span] | None) -> ScoreTable:
+    start = wall_clock()
+    try:
+        return await answer
+    finally:
+        if spans is not None:
+            spans[name] = Span(lane=f"scorer {name}", name="score", start=start, seconds=wall_clock() - start)
 
 
 def declared_columns(scorer: ScorerConfig) -> tuple[str, ...]:
@@ -178,7 +182,7 @@ class Dispatcher:
     async def score_group(self, vault: str, group_id: int) -> tuple[dict[str, ScoreTable], dict[str, Span]]:
         """Tables of a stored group, and when each scorer was asked and how long it took."""
         handle = self.vaults[vault]
-        names = ("images", "clean") if self.jury.reads_latents() else ("images",)
+        names = ["images"] + ["clean"] * self.jury.reads_latents() + ["previews"] * self.jury.judges_previews()
         header_ref, arrays_ref = handle.header.remote(group_id), handle.get.remote(group_id, names)
         header, arrays = await asyncio.gather(value(header_ref), value(arrays_ref))
         spans: dict[str, Span] = {}
@@ -189,7 +193,10 @@ class Dispatcher:
     ) -> dict[str, ScoreTable]:
         images, latents = arrays["images"], arrays.get("clean")
         prompts, metadata = [header.prompt.text] * len(images), [header.prompt.metadata] * len(images)
-        return await self.jury.score(images, prompts, metadata, group=True, spans=spans, latents=latents)
+        previews = by_scorer(self.jury.scorers.values(), header, arrays)
+        return await self.jury.score(
+            images, prompts, metadata, group=True, spans=spans, latents=latents, previews=previews
+        )
 
     async def score_images(
         self, images: np.ndarray, prompts: Sequence[PromptSpec], names: Sequence[str]

@@ -143,15 +143,15 @@ def step_row(metrics: Mapping[str, float], rewards: Mapping[str, Mapping[str, fl
 
 
 def reward_metrics(tables: Mapping[int, Mapping[str, ScoreTable]]) -> dict[str, dict[str, float]]:
-    """'scorer/column' -> mean and std over the valid entries of a step's groups."""
+    """'scorer/column' -> mean and std over the valid entries of a step's groups, every preview counted."""
     columns: dict[str, list[np.ndarray]] = {}
     for of_group in tables.values():
         for name, table in of_group.items():
-            if table.kind != "point":
+            if table.kind not in ("point", "step"):
                 continue
             for column in table.columns:
                 values, valid = table.column(column)
-                columns.setdefault(f"{name}/{column}", []).append(values[valid])
+                columns.setdefault(f"{name}/{column}", []).append(values[valid].ravel())
     joined = {key: np.concatenate(parts).astype(np.float64) for key, parts in columns.items()}
     return {
         key: {"mean": float(values.mean()), "std": float(values.std()), "count": float(len(values))}

@@ -19,6 +19,7 @@ from cluster.checks.jury import ask_servers, check_jury, check_metadata, check_n
 from cluster.checks.machines import check_machines, check_resources
 from cluster.checks.method import check_method, method_warnings
 from cluster.checks.online import check_online
+from cluster.checks.previews import check_previews
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors
 
@@ -31,6 +32,7 @@ def check(config: RunConfig) -> list[ConfigError]:
         *check_method(config, declared),
         *check_jury(config, declared),
         *check_aggregation(config, declared),
+        *check_previews(config, declared),
         *check_metadata(config, declared, metadata_keys(config)),
         *check_names(config),
         *check_online(config),

@@ -75,7 +75,10 @@ class ScoreTable:
         return self.outcomes == Outcome.OK
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(values, valid) of one column of a point table, both [N]. Raises KeyError with the known columns."""
+        """(values, valid) of one column of a point table, both [N] (of a step table: values [N,S]).
+
+        Raises KeyError with the known columns.
+        """
         if name not in self.columns:
             raise KeyError(f"scorer {self.scorer!r} has no column {name!r}; it has {', '.join(self.columns)}")
         index = self.columns.index(name)

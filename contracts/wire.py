@@ -26,6 +26,7 @@ WIRE_VERSION = 1
 # Names, shapes and meaning of a group's arrays in a vault. G samples, K recorded stochastic steps.
 GROUP_ARRAYS = {
     "images": "uint8 [G,H,W,3], lossless, for the jury; absent from files-source groups that need no score",
+    "previews": "uint8 [G,S,H,W,3], images that S steps pointed to (previews.py), only where a scorer judges them",
     "clean": "[G,C,h,w] final latents x_0",
     "states": "[G,K+1,C,h,w] latents before each recorded step and after the last, in the storage dtype",
     "log_prob_sum": "float32 [G,K] sum over dimensions of the step log-prob under the behaviour policy",
@@ -112,6 +113,7 @@ class GroupHeader(Message):
     sampler_params: dict[str, float] = Field(default_factory=dict)
     sigmas: list[float] = Field(default_factory=list, description="T+1 noise levels from 1 to 0")
     step_indices: list[int] = Field(default_factory=list, description="the K recorded stochastic steps")
+    preview_steps: list[int] = Field(default_factory=list, description="the S steps that have previews, ascending")
     seeds: list[int] = Field(default_factory=list, description="initial-noise seed of each sample")
     micro_batches: list[int] = Field(default_factory=list, description="sizes in which the group was painted")
     dims: int = Field(default=0, description="D = C*h*w, number of dimensions log_prob_sum runs over")

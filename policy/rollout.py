@@ -79,6 +79,7 @@ def paint(
     storage_dtype: torch.dtype = torch.float32,
     record: bool,
     record_means: bool = False,
+    preview_steps: Sequence[int] = (),
 ) -> Trajectory:
     """One micro-batch of N samples.
 
@@ -86,9 +87,11 @@ def paint(
     config.order 2: deterministic steps that follow one another extrapolate (`mean_velocity`).
     init_seeds [N], step_seeds [N][K]: one seed for x at s=1 and one for each stochastic step of each sample.
     record: keep states (in storage_dtype, to which latents are rounded around stochastic steps) and log-probs.
+    preview_steps: steps whose previews are kept (contracts.previews), ascending; they change nothing else.
     """
     levels = schedule.sigmas(config.steps, config.shift).tolist()
     device_levels = torch.tensor(levels, device=policy.device)
+    previews: list[Tensor] = []
     sampler, ode = build_sampler(config), build_sampler(config.model_copy(update={"name": "ode"}))
     position = {step: k for k, step in enumerate(step_indices)}
     previous: Previous | None = None
@@ -99,6 +102,8 @@ def paint(
         if stochastic:
             x = x.to(storage_dtype).float()
         v = policy.velocity(x, device_levels[step].expand(len(x)), cond, uncond, config.guidance_scale)
+        if step - 1 in preview_steps:  # what the step before led to, now that the velocity there is known
+            previews.append(ode.step(x, v, s, 0.0).next)
         if not stochastic:
             mean = mean_velocity(v, s, s_next, config.order, previous)
             x, previous = ode.step(x, mean, s, s_next).next, Previous(v, s_next - s)
@@ -110,9 +115,12 @@ def paint(
             assert result.log_prob_sum is not None
             kept.add(x, result.next, result.log_prob_sum, result.mean)
         x = result.next
+    if config.steps - 1 in preview_steps:
+        previews.append(x)
+    stacked = torch.stack(previews, 1) if previews else None
     if kept is None:
-        return Trajectory(x)
-    return Trajectory(x, kept.states, kept.log_prob_sum, kept.means)
+        return Trajectory(x, previews=stacked)
+    return Trajectory(x, kept.states, kept.log_prob_sum, kept.means, stacked)
 
 
 def seeded_noise(seeds: Sequence[int], policy: Policy) -> Tensor:

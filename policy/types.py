@@ -77,10 +77,12 @@ class Trajectory:
     """One painted micro-batch of N samples with K recorded stochastic steps, on the device.
 
     clean [N,C,h,w] fp32: final latents x_0; states [N,K+1,C,h,w] in the storage dtype; log_prob_sum [N,K] fp32;
-    means [N,K,C,h,w] fp32. What was not recorded is None.
+    means [N,K,C,h,w] fp32; previews [N,S,C,h,w] fp32: clean latents that S steps pointed to (contracts.previews).
+    What was not recorded is None.
     """
 
     clean: Tensor
     states: Tensor | None = None
     log_prob_sum: Tensor | None = None
     means: Tensor | None = None
+    previews: Tensor | None = None

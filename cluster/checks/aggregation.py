@@ -39,21 +39,22 @@ def scorer_mismatch(
     scorer = config.scorers[index]
     if scorer.held_out or needs is None:
         return
-    rule = config.credit.aggregation
-    if gives.kind not in needs.kinds:
+    rule, kind = config.credit.aggregation, gives.kind if scorer.previews is None else "step"
+    if kind not in needs.kinds:
         yield ConfigError(
             f"scorers.{index}, {FIELD}.name",
-            f"{scorer.name} answers a {gives.kind} table and {rule.name} reads {' and '.join(needs.kinds)} tables",
-            _rule_for(gives.kind),
+            f"{scorer.name} answers a {kind} table and {rule.name} reads {' and '.join(needs.kinds)} tables",
+            _rule_for(kind),
         )
     for use in rule.columns():
         name, _, column = use.column.partition("/")
         if name != scorer.name:
             continue
-        if gives.kind not in use.kinds:
+        if kind not in use.kinds:
+            from_previews = ", or set previews: recorded on it" if use.kinds == ("step",) else ""
             yield ConfigError(
-                f"{FIELD}.{use.field}", f"{name} answers a {gives.kind} table",
-                f"name a scorer of a {' or '.join(use.kinds)} table",
+                f"{FIELD}.{use.field}", f"{name} answers a {kind} table",
+                f"name a scorer of a {' or '.join(use.kinds)} table{from_previews}",
             )  # fmt: skip
         if column and not scorer.function and column not in gives.columns:
             yield ConfigError(

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from cluster.checks.aggregation import scorer_mismatch
 from cluster.checks.declared import Declared, look_up
 from cluster.checks.options import check_options
+from cluster.checks.previews import preview_mismatch
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.online import OnlineSection
@@ -51,6 +52,7 @@ def _scorer(
             f"{scorer.name} has no column {', '.join(unknown)}",
             f"it has {', '.join(gives.columns)}",
         )
+    yield from preview_mismatch(scorer, index, gives)
     yield from scorer_mismatch(config, index, gives, rule)
     if gives.accepts == "latents" and judging_scorer(config) == scorer.name:
         yield ConfigError(where, f"{scorer.name} reads latents; held-out images are judged as images",

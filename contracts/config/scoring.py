@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from contracts.config.base import Section
 
@@ -33,6 +33,11 @@ class ScorerConfig(Section):
     )
     required: bool = Field(default=True, description="a sample without its score is invalid; else it contributes 0")
     held_out: bool = Field(default=False, description="measured, never trained on")
+    previews: Literal["recorded"] | tuple[int, ...] | None = Field(
+        default=None,
+        description="judge previews in place of the image, for a step table: of these denoising steps, ascending, or "
+        "`recorded`: of every recorded step but the last",
+    )
     version: str = Field(default="latest", description="'latest' or an exact version")
     max_batch: int = Field(default=64, gt=0, description="images a request")
     concurrency: int = Field(default=8, gt=0, description="requests in flight to this scorer")
@@ -65,6 +70,13 @@ class ScorerConfig(Section):
         if self.held_out and self.weights:
             raise ValueError(f"scorer {self.name!r} is held_out and cannot have weights; remove one of them")
         return self
+
+    @field_validator("previews")
+    @classmethod
+    def _ascending(cls, previews: Any) -> Any:
+        if isinstance(previews, tuple) and (not previews or previews[0] < 0 or sorted({*previews}) != [*previews]):
+            raise ValueError(f"{list(previews)} are not steps in ascending order; list some, or write 'recorded'")
+        return previews
 
 
 class RewardConfig(Section):

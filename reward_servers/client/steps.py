@@ -2,7 +2,7 @@
 
 A preview is an image, so it travels, batches, retries and fails as one; only the table is folded. An entry of a step
 table is one sample and column: it is OK when all its steps are (contracts.scores), else it ends like its worst step.
-Does not own: painting previews (actors), what is made of the steps (credit).
+Does not own: which steps have previews (contracts.previews), painting them (actors), what is made of them (credit).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 
 from contracts.errors import PayloadError
 from contracts.scores import Outcome, ScoreTable
-from reward_servers.client.parts import Images
 
 
 class Asks(Protocol):
@@ -23,11 +22,10 @@ class Asks(Protocol):
 
     async def score(
         self,
-        images: Images,
+        images: np.ndarray,
         prompts: Sequence[str],
-        metadata: Sequence[Mapping[str, Any]],
+        metadata: Sequence[dict[str, Any]],
         *,
-        want_gradients: bool = False,
         deadline_s: float | None = None,
     ) -> ScoreTable: ...
 
@@ -45,17 +43,25 @@ async def score_steps(
 
     step_ids: S ids; each preview's metadata gets `step_id`. Raises ValueError when the arguments do not fit together.
     """
+    images, texts, about = unfold_steps(previews, prompts, metadata, step_ids)
+    return fold_steps(await client.score(images, texts, about, deadline_s=deadline_s), step_ids)
+
+
+def unfold_steps(
+    previews: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step_ids: Sequence[int]
+) -> tuple[np.ndarray, list[str], list[dict[str, Any]]]:
+    """What a scorer is asked: images [N*S,...], samples outermost, with prompts and metadata; `fold_steps` undoes it.
+
+    Raises ValueError as score_steps does.
+    """
     if previews.ndim != 5 or previews.shape[:2] != (len(prompts), len(step_ids)):
         raise ValueError(f"previews of shape {previews.shape} for {len(prompts)} prompts and {len(step_ids)} steps")
     if len(metadata) not in (0, len(prompts)):
         raise ValueError(f"{len(metadata)} metadata entries for {len(prompts)} prompts")
     rows = [(i, step) for i in range(len(prompts)) for step in step_ids]
     given = metadata or [{}] * len(prompts)
-    table = await client.score(
-        previews.reshape(-1, *previews.shape[2:]), [prompts[i] for i, _ in rows],
-        [{**given[i], "step_id": int(step)} for i, step in rows], deadline_s=deadline_s,
-    )  # fmt: skip
-    return fold_steps(table, step_ids)
+    about = [{**given[i], "step_id": int(step)} for i, step in rows]
+    return previews.reshape(-1, *previews.shape[2:]), [prompts[i] for i, _ in rows], about
 
 
 def fold_steps(table: ScoreTable, step_ids: Sequence[int]) -> ScoreTable:

@@ -154,6 +154,27 @@ def test_means_are_those_of_the_log_probs(run_config: Callable[..., RunConfig]) 
     np.testing.assert_allclose(group.arrays["log_prob_sum"][:, k], expected, rtol=1e-5)
 
 
+def test_previews_are_images_of_the_steps_that_scorers_ask_for(run_config: Callable[..., RunConfig]) -> None:
+    asked = [
+        {"name": "size", "serve": "jpeg_size"}, {"name": "all", "serve": "jpeg_size", "previews": "recorded"},
+        {"name": "last", "serve": "jpeg_size", "previews": [1, 3]},
+    ]  # fmt: skip
+    painter = Painter(run_config(scorers=asked))
+    group = painted(painter)
+    assert group.header.step_indices == [0, 1, 2]
+    assert group.header.preview_steps == [0, 1, 3]
+    assert group.arrays["previews"].shape == (5, 3, 32, 32, 3)
+    assert group.arrays["previews"].dtype == np.uint8
+    np.testing.assert_array_equal(group.arrays["previews"][:, 2], group.arrays["images"])
+    assert (group.arrays["previews"][:, 0] != group.arrays["images"]).any()
+    assert_equal_groups(painted(painter), group)
+    plain = painted(Painter(run_config()))
+    assert plain.header.preview_steps == []
+    assert "previews" not in plain.arrays
+    for name, array in plain.arrays.items():
+        np.testing.assert_array_equal(group.arrays[name], array)
+
+
 def test_bf16_states_travel_as_bits(run_config: Callable[..., RunConfig]) -> None:
     group = painted(Painter(run_config(rollout={"storage_dtype": "bf16"})))
     assert group.header.dtypes == {"states": "bfloat16"}

@@ -15,7 +15,7 @@ from contracts.config.rollout import SamplerConfig
 from policy import schedule
 from policy.policy import Policy
 from policy.rollout import Previous, extrapolated, paint, paint_with_gradient, seeded_noise
-from policy.types import EmbeddingBatch
+from policy.types import EmbeddingBatch, Trajectory
 
 Load = Callable[..., Policy]
 
@@ -85,6 +85,46 @@ def test_what_is_recorded(load_policy: Load) -> None:
     unrecorded = paint(policy, cond, None, config, steps, [0, 1], seeds, storage_dtype=torch.bfloat16, record=False)
     assert torch.equal(unrecorded.clean, trajectory.clean)
     assert unrecorded.states is None
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_a_preview_is_the_jump_from_what_a_step_led_to_and_the_last_one_is_the_image(
+    load_policy: Load, storage: torch.dtype
+) -> None:
+    policy = load_policy(trainable=False)
+    config = SamplerConfig(name="flow_sde", steps=5, guidance_scale=2.0, window={"size": 3, "lo": 0, "hi": 4})
+    steps, seeds = [1, 2, 3], [[1, 2, 3], [4, 5, 6]]
+    cond, uncond = batch(policy, "a red circle", 2), batch(policy, "", 2)
+
+    def painted(*preview_steps: int) -> Trajectory:
+        return paint(
+            policy, cond, uncond, config, steps, [0, 1], seeds, storage_dtype=storage, record=True,
+            preview_steps=preview_steps,
+        )  # fmt: skip
+
+    found, plain = painted(0, 1, 2, 3, 4), painted()
+    assert plain.previews is None
+    assert torch.equal(plain.clean, found.clean), "previews change nothing"
+    assert torch.equal(plain.states, found.states)
+    levels = torch.from_numpy(schedule.sigmas(5, 3.0))
+    for k in range(4):  # states[:, k] is x before step 1 + k, which step k led to
+        x, s = found.states[:, k].float(), levels[k + 1]
+        jump = x - s * policy.velocity(x, s.expand(2), cond, uncond, 2.0)
+        torch.testing.assert_close(found.previews[:, k], jump, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.previews[:, 4], found.clean)
+    assert torch.equal(found.previews[:, 3], found.clean), "after it Euler's step to s = 0 is the jump itself"
+    assert not torch.allclose(found.previews[:, 2], found.clean, atol=1e-2)
+    assert torch.equal(painted(1, 4).previews, found.previews[:, [1, 4]])
+
+
+def test_a_deterministic_sampling_has_previews_too(load_policy: Load) -> None:
+    policy = load_policy(trainable=False)
+    config = SamplerConfig(name="ode", steps=3, order=2)
+    cond = batch(policy, "a red circle", 2)
+    trajectory = paint(policy, cond, None, config, [], [0, 1], [[], []], record=False, preview_steps=[1, 2])
+    assert trajectory.previews.shape == (2, 2, *policy.latent_shape)
+    assert torch.equal(trajectory.previews[:, 1], trajectory.clean)
+    assert torch.equal(trajectory.previews[:, 0], trajectory.clean), "the last step is Euler's at any order"
 
 
 def test_noise_is_a_function_of_the_seed(load_policy: Load) -> None:
