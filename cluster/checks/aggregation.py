@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pydantic import ValidationError
+
 from cluster.checks.declared import Declared
 from contracts.config import RunConfig
 from contracts.config.aggregation import ConstrainedConfig, GDPOConfig, LogTameConfig, NamedColumn
+from contracts.config.scorers import checked_options
 from contracts.config.scoring import ScorerConfig
 from contracts.declarations import AggregationNeeds, ScorerGives
 from contracts.errors import ConfigError
@@ -120,12 +123,23 @@ def _left_over(config: RunConfig) -> Iterator[ConfigError]:
 
 def _uncertainty(config: RunConfig, declared: Declared) -> Iterator[ConfigError]:
     training: list[ScorerConfig] = [scorer for scorer in config.scorers if not scorer.held_out]
-    known = [declared.scorers[scorer.name] for scorer in training]
-    if all(gives is not None and not gives.uncertainty for gives in known):
+    if not any(_may_say_how_sure(scorer, declared.scorers[scorer.name]) for scorer in training):
         yield ConfigError(
             f"{FIELD}.name", f"no scorer says how sure it is ({', '.join(scorer.name for scorer in training)})",
-            "use a scorer that declares uncertainty, or credit.aggregation.name=weighted_sum",
+            "use a scorer that declares uncertainty (a judge of several samples: options.samples above 1), or "
+            "credit.aggregation.name=weighted_sum",
         )  # fmt: skip
+
+
+def _may_say_how_sure(scorer: ScorerConfig, gives: ScorerGives | None) -> bool:
+    """As declared, unless its options rule it out; a scorer by URL may until it has been asked."""
+    if gives is None or not gives.uncertainty or scorer.serve is None:
+        return gives is None or gives.uncertainty
+    try:
+        options = checked_options(scorer.serve, scorer.options)
+    except ValidationError:
+        return True  # told by options.py
+    return bool(getattr(options, "says_how_sure", True))
 
 
 def _credit(config: RunConfig, declared: Declared, needs: AggregationNeeds) -> Iterator[ConfigError]:

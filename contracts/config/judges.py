@@ -105,6 +105,11 @@ class RationalRewardsOptions(JudgeOptions):
     max_tokens: int = Field(default=2048, gt=0, description="longest answer")
     samples: int = Field(default=1, gt=0, description="answers drawn of one image; their mean counts")
 
+    @property
+    def says_how_sure(self) -> bool:
+        """One answer alone has no spread."""
+        return self.samples > 1
+
 
 class JudgePairsOptions(JudgeOptions):
     """Preferences between the images of a group, both orders asked."""

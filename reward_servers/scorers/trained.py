@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Trained(TorchScorer[TrainedOptions]):
-    """exp(logit scale) cos(image, prompt) - anchor, or the head's output in place of the cosine; with its gradient."""
+    """exp(logit scale) cos(image, prompt) - anchor, or the head's output in place of the cosine; with its gradient.
+
+    uncertainty: ||z||_{V^-1}, how far from all training images this one is (training/coverage.py).
+    """
 
     declares = declared("trained")
     name = "trained"
@@ -24,6 +27,7 @@ class Trained(TorchScorer[TrainedOptions]):
 
         from reward_servers.scorers.parts.loading import load_tool
         from reward_servers.scorers.parts.towers import load_clip
+        from reward_servers.training.coverage import load_coverage
         from reward_servers.training.model import read_anchor
         from reward_servers.training.query_head import load_head
 
@@ -33,18 +37,30 @@ class Trained(TorchScorer[TrainedOptions]):
         if self.head is not None:
             self.tokenizer = load_tool(AutoTokenizer, self.options.model, self.options)
         self.weighed(self.towers.network, *([self.head] if self.head is not None else []))
-        self.version = f"{self.version}-{self.anchor:.6g}"  # the same weights with another anchor score otherwise
+        self.coverage = load_coverage(self.options.model)
+        # The same weights with another anchor or another coverage say something else.
+        covered = f"-{self.coverage.digest()[:6]}" if self.coverage is not None else ""
+        self.version = f"{self.version}-{self.anchor:.6g}{covered}"
 
     def forward(self, pixels: torch.Tensor, batch: ScoreBatch) -> torch.Tensor:
-        if self.head is not None:
-            return self._pooled(pixels, batch)
-        cosine = (self.towers.images(pixels) * self.towers.texts(batch.prompts)).sum(dim=1, keepdim=True)
-        return self.towers.scale * cosine - self.anchor
+        return self._reward(self._features(pixels, batch))
 
-    def _pooled(self, pixels: torch.Tensor, batch: ScoreBatch) -> torch.Tensor:
+    def judged(self, pixels: torch.Tensor, batch: ScoreBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        features = self._features(pixels, batch)
+        unsure = None if self.coverage is None else self.coverage.uncertainty(features)[:, None]
+        return self._reward(features), unsure
+
+    def _features(self, pixels: torch.Tensor, batch: ScoreBatch) -> torch.Tensor:
+        """float32 [N,D], as in training: products of unit embeddings, or what the head pools."""
+        if self.head is None:
+            return self.towers.images(pixels) * self.towers.texts(batch.prompts)
         from reward_servers.scorers.parts.towers import CLIP_TOKENIZING
 
-        assert self.head is not None
         tokens = self.tokenizer(list(batch.prompts), return_tensors="pt", **CLIP_TOKENIZING).to(pixels.device)
         given = {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
-        return self.head.reward(self.head.pool(self.towers.network, pixels, given))[:, None] - self.anchor
+        return self.head.pool(self.towers.network, pixels, given)
+
+    def _reward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.head is not None:
+            return self.head.reward(features)[:, None] - self.anchor
+        return self.towers.scale * features.sum(dim=1, keepdim=True) - self.anchor

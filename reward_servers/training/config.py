@@ -103,6 +103,9 @@ class TrainingConfig(Section):
         description="JSONL of reference images (prompt, image) whose mean reward becomes 0; held_out: the held-out "
         "images; null: no shift",
     )  # fmt: skip
+    ridge: float = Field(
+        default=1.0, gt=0, description="of the uncertainty ||z||_{V^-1}: V = ridge I + sum z z^T over training images"
+    )
     trainable: Literal["all", "projections"] = Field(
         default="all", description="projections: the two projections and the logit scale alone"
     )

@@ -2,7 +2,8 @@
 
 r(image, prompt) = exp(logit scale) cos(image, prompt) - anchor, or a head's output in place of the cosine
 (query_head.py). The folder is a CLIP folder as on the hub, so whatever reads PickScore's format reads one without a
-head; `reward.json` beside it holds the anchor. Does not own: which weights train.
+head; beside it `reward.json` holds the anchor, `coverage.safetensors` what it was trained on (coverage.py). Does not
+own: which weights train.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from reward_servers.scorers.parts import loading
 from reward_servers.scorers.parts.preprocess import ProcessorPreprocess
 from reward_servers.scorers.parts.towers import CLIP_TOKENIZING
 from reward_servers.training.config import HeadConfig
+from reward_servers.training.coverage import load_coverage
 from reward_servers.training.query_head import HEAD, QueryHead, load_head
 
 REWARD_FILE = "reward.json"
@@ -30,7 +32,10 @@ PROJECTIONS = ("visual_projection", "text_projection", "logit_scale")
 
 
 class RewardModel:
-    """A CLIP with tokenizer and image processor. anchor: subtracted from every reward; head: None for the cosine."""
+    """A CLIP with tokenizer and image processor. anchor: subtracted from every reward; head: None for the cosine.
+
+    coverage: of what it was trained on, None for a plain CLIP.
+    """
 
     def __init__(self, source: str, device: str = "auto", head: HeadConfig | None = None, seed: int = 0) -> None:
         """head: give a CLIP this head, new; one that the folder holds already is loaded whatever is given."""
@@ -42,6 +47,7 @@ class RewardModel:
         self.processor = loading.load_tool(CLIPImageProcessorPil, source, options)
         self.preprocess = ProcessorPreprocess(self.processor)
         self.anchor = read_anchor(source)
+        self.coverage = load_coverage(source)
         self.head = load_head(source, self.network)
         if self.head is None and head is not None:
             self.head = QueryHead.new(self.network, head, seed)
@@ -85,12 +91,14 @@ class RewardModel:
         return vision * texts[rows]
 
     def save(self, folder: Path) -> None:
-        """Model, tokenizer, processor and anchor, as safetensors and JSON."""
+        """Model, tokenizer, processor, anchor and coverage, as safetensors and JSON."""
         self.network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         if self.head is not None:
             self.head.save(folder)
+        if self.coverage is not None:
+            self.coverage.save(folder)
         (folder / REWARD_FILE).write_text(json.dumps({"anchor": self.anchor}, indent=2) + "\n")
 
     def digest(self) -> str:

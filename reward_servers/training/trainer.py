@@ -1,6 +1,7 @@
 """The training of a reward model, from settings to a folder that can be served.
 
-    read splits --> strengths (voters) --> [batch -> pair loss -> AdamW] x steps --> anchor --> evaluation --> card
+    read splits --> strengths (voters) --> [batch -> pair loss -> AdamW] x steps --> anchor --> coverage
+                --> evaluation --> card
 
 The same settings give the same weights, killed and resumed or not (same machine, same threads). A finished folder is
 not trained again. Does not own: data, loss, checkpoints, figures (their files).
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from contracts.errors import ConfigError, SalonError
 from reward_servers.training.card import write_card
 from reward_servers.training.config import TrainingConfig
+from reward_servers.training.coverage import Coverage
 from reward_servers.training.data import Pair, Sample, Split, Target, batches, read_image, read_samples, read_splits
 from reward_servers.training.evaluation import Evaluation, evaluate
 from reward_servers.training.extras import Extras
@@ -29,7 +31,7 @@ from reward_servers.training.model import RewardModel
 from reward_servers.training.state import load_state, save_state
 
 Say = Callable[[str], None]
-_MAY_CHANGE = {"save_every", "log_every", "device", "out"}
+_MAY_CHANGE = {"save_every", "log_every", "device", "out", "ridge"}
 """Settings that a resumed training may have otherwise."""
 
 
@@ -47,6 +49,7 @@ def train(config: TrainingConfig, say: Say) -> Path:
         f"held out: {_brief(before)}")  # fmt: skip
     _fit(model, training, config, out, say)
     anchored_on = _anchor(model, held_out, config)
+    _cover(model, training, config)
     after = measure(model, held_out, config)
     model.save(out)
     facts = {
@@ -96,12 +99,16 @@ def differences(model: RewardModel, pairs: Sequence[Pair], config: TrainingConfi
 @torch.no_grad()
 def score(model: RewardModel, samples: Sequence[Sample], config: TrainingConfig) -> np.ndarray:
     """Rewards of samples, float64 [N]."""
-    parts = [np.zeros(0)]
+    parts = [model.of_features(features).double().cpu().numpy() for features in _features(model, samples, config)]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def _features(model: RewardModel, samples: Sequence[Sample], config: TrainingConfig) -> Iterator[torch.Tensor]:
+    """Features [n,D] of samples, some at a time."""
     for start in range(0, len(samples), 2 * config.batch_size):
         some = samples[start : start + 2 * config.batch_size]
         images = [read_image(sample.image, config.max_pixels) for sample in some]
-        parts.append(model.rewards(images, [sample.prompt for sample in some]).double().cpu().numpy())
-    return np.concatenate(parts)
+        yield model.features(images, [sample.prompt for sample in some])
 
 
 def _fit(model: RewardModel, split: Split, config: TrainingConfig, out: Path, say: Say) -> None:
@@ -165,6 +172,15 @@ def _anchor(model: RewardModel, held_out: Split, config: TrainingConfig) -> str:
     model.anchor = float(score(model, samples, config).mean())
     what = "held-out images" if config.anchor == "held_out" else f"images of {config.anchor}"
     return f"the mean reward of {len(samples)} {what} is 0"
+
+
+@torch.no_grad()
+def _cover(model: RewardModel, training: Split, config: TrainingConfig) -> None:
+    """Take up every training image once, as the final weights see it."""
+    model.coverage = None
+    for features in _features(model, training.samples(), config):
+        model.coverage = model.coverage or Coverage.new(features.shape[1], config.ridge)
+        model.coverage.add(features)
 
 
 class _Progress:

@@ -103,6 +103,11 @@ HELD_OUT_B = [
 WEIGHTED_A = [
     {"name": "a", "serve": "playground_verifier", "weights": {"dense": 1}}, {"name": "b", "serve": "colourfulness"},
 ]  # fmt: skip
+JUDGE: dict[str, Any] = {
+    "name": "a",
+    "serve": "rationalrewards",
+    "options": {"urls": ["http://127.0.0.1:1"], "model": "m"},
+}
 GATES = {"name": "gates", "order": [{"column": "a", "above": 0.5}, {"column": "b"}]}
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -114,6 +119,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "pairs have no weight": ({"name": "pareto"}, {"objective": {"name": "dpo"}}, "objective.name", "nft"),
     "nobody is unsure": ({"name": "uncertainty"}, {}, "credit.aggregation.name", "declares uncertainty"),
+    "one answer has no spread": (
+        {"name": "uncertainty"}, {"scorers": [JUDGE]}, "credit.aggregation.name", "options.samples above 1",
+    ),
     "unknown scorer": ({"name": "trust", "outcome": "a", "judge": "c"}, {}, "judge", "one of a, b"),
     "unknown column": ({"name": "trust", "outcome": "a/nope", "judge": "b"}, {}, "outcome", "strict"),
     "held out": (GATES, {"scorers": HELD_OUT_B}, "order.1.column", "let it train"),
@@ -139,6 +147,15 @@ def test_a_rule_that_does_not_fit_is_refused_with_the_way_out(mistake: str, tiny
     config = make_run(tiny_model_folder, {"credit": {"aggregation": aggregation, **std}, **rest})
     errors = validate.check(config)
     assert any(field in error.field and way_out in str(error) for error in errors), errors
+
+
+@pytest.mark.parametrize("scorer", [
+    {**JUDGE, "options": {**JUDGE["options"], "samples": 3}},
+    {"name": "a", "serve": "trained", "options": {"model": "rewards/mine"}},
+])  # fmt: skip
+def test_scorers_that_say_how_sure_they_are_are_taken(scorer: dict[str, Any], tiny_model_folder: Path) -> None:
+    config = make_run(tiny_model_folder, {"credit": {"aggregation": {"name": "uncertainty"}}, "scorers": [scorer]})
+    assert not [error for error in validate.check(config) if "credit.aggregation" in error.field]
 
 
 @pytest.mark.parametrize(

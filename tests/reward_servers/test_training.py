@@ -282,6 +282,27 @@ def test_the_served_model_answers_the_trained_rewards(trained: Path, data: Path)
     assert other.version != scorer.version, "another anchor is another scorer"
 
 
+def test_the_served_model_says_how_far_an_image_is_from_all_it_was_trained_on(trained: Path, data: Path) -> None:
+    scorer = make_scorer("trained", [f"model={trained}", "device=cpu"])
+    scorer.load()
+    config = config_for(data, trained)
+    samples = read_splits(config)[0].samples()
+    model = RewardModel(str(trained), "cpu")
+    images = [np.asarray(Image.open(sample.image)) for sample in samples]
+    with torch.no_grad():
+        z = model.features(images, [sample.prompt for sample in samples]).double()
+    inverse = torch.linalg.inv(config.ridge * torch.eye(z.shape[1], dtype=torch.float64) + z.T @ z)
+    table = scorer.score(ScoreBatch(np.stack(images[:3]), tuple(s.prompt for s in samples[:3]), ({},) * 3))
+    assert table.uncertainty is not None
+    np.testing.assert_allclose(table.uncertainty[:, 0], (z @ inverse * z).sum(1).sqrt()[:3], rtol=1e-3)
+    (trained / "coverage.safetensors").rename(data / "kept")
+    plain = make_scorer("trained", [f"model={trained}", "device=cpu"])
+    plain.load()
+    (data / "kept").rename(trained / "coverage.safetensors")
+    assert plain.score(ScoreBatch(np.stack(images[:1]), ("p",), ({},))).uncertainty is None
+    assert plain.version != scorer.version
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(data: Path, tmp_path: Path) -> None:
     short = {"steps": 6, "save_every": 2, "log_every": 2, "warmup_steps": 4}
     straight = train(config_for(data, tmp_path / "straight", **short), quiet)

@@ -70,6 +70,10 @@ class TorchScorer(OptionScorer[D]):
     def forward(self, pixels: torch.Tensor, batch: ScoreBatch) -> torch.Tensor:
         """float32 [N,K] from float [N,3,h,w] on the device, in the options' dtype."""
 
+    def judged(self, pixels: torch.Tensor, batch: ScoreBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`forward`, and how unsure each value is, float32 [N,K]; None of a scorer that cannot say."""
+        return self.forward(pixels, batch), None
+
     def score(self, batch: ScoreBatch) -> ScoreTable:
         import torch
 
@@ -77,14 +81,20 @@ class TorchScorer(OptionScorer[D]):
 
         if not batch.want_gradients:
             with torch.no_grad():
-                return self.table(self._host(self.forward(self._pixels(self.preprocess.exact(batch.images)), batch)))
+                return self._told(*self.judged(self._pixels(self.preprocess.exact(batch.images)), batch))
         images = torch.from_numpy(batch.images.astype(np.float32) / 255).permute(0, 3, 1, 2)
         images = images.to(device_of(self.options)).requires_grad_()
-        values = self.forward(self._pixels(self.preprocess.differentiable(images)), batch)
+        values, unsure = self.judged(self._pixels(self.preprocess.differentiable(images)), batch)
         # Each value depends on its own image only, so the gradient of the sum holds every image's own.
         (gradient,) = torch.autograd.grad(values[:, 0].sum(), images)
         gradients = gradient.float().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return self.table(self._host(values.detach()), gradients=gradients)
+        return self._told(values.detach(), unsure, gradients=gradients)
+
+    def _told(
+        self, values: torch.Tensor, unsure: torch.Tensor | None, gradients: np.ndarray | None = None
+    ) -> ScoreTable:  # fmt: skip
+        uncertainty = None if unsure is None else unsure.float().cpu().numpy()
+        return self.table(self._host(values), uncertainty=uncertainty, gradients=gradients)
 
     def _pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         from reward_servers.scorers.parts.loading import device_of, dtype_of
