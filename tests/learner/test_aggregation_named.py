@@ -37,14 +37,48 @@ def test_a_multiplier_falls_above_its_threshold_and_rises_below(multiplier):
         assert np.sign(constrained.multiplier("a") - before) == sign
 
 
-def settle(multiplier, pull, steps=8000, dt=0.05):
+@pytest.mark.parametrize("multiplier", ["tanh", "sigmoid", "clamp"])
+@FEW
+@given(lam=st.floats(0.1, 2), gap=st.floats(1e-6, 0.5))
+def test_at_its_threshold_a_multiplier_rests_and_turns_there(multiplier, lam, gap):
+    """d lambda = -lr mu'(lambda) (J - theta): nothing at theta, and as much up below it as down above it."""
+
+    def moved(score):
+        constrained = rule("constrained", thresholds={"a": 0.5}, multiplier=multiplier, initial=lam)
+        constrained.update({"a": score})
+        return constrained.duals["a"].lam - lam
+
+    assert moved(0.5) == 0
+    assert moved(0.5 + gap) == pytest.approx(-moved(0.5 - gap), rel=1e-6)
+    slope = {"tanh": 1 - np.tanh(lam) ** 2, "sigmoid": np.exp(-lam) / (1 + np.exp(-lam)) ** 2, "clamp": 1.0}
+    assert moved(0.5 + gap) == pytest.approx(-0.1 * slope[multiplier] * gap, rel=1e-6)
+
+
+def test_above_its_threshold_only_tanh_comes_to_push_down():
+    """Held above theta for long: xi goes below 0 and on, mu stays in (0, 1), the clamped one ends at 0."""
+    ends = {}
+    for multiplier in ("tanh", "sigmoid", "clamp"):
+        constrained = rule("constrained", thresholds={"a": 0.5}, multiplier=multiplier, initial=0.2)
+        for _ in range(200):
+            constrained.update({"a": 0.9})
+        ends[multiplier] = constrained.multiplier("a")
+        (got,) = rewards(constrained, scores(point("a", [0.9, 0.95])))
+        assert np.sign(got.totals()[1]) == np.sign(ends[multiplier])
+    assert ends["tanh"] < -0.9
+    assert 0 < ends["sigmoid"] < 0.2
+    assert ends["clamp"] == 0
+
+
+def settle(multiplier, pull, steps=8000, dt=0.05, initial=0.0, moves=True):
     """The catalogue's toy: J' = mu - (1 - mu) k J, k = pull; the dual step sees J after each move."""
-    constrained = rule("constrained", thresholds={"a": 1.0}, multiplier=multiplier, lr=0.05 * dt, momentum=0.0)
+    settings_ = {"multiplier": multiplier, "lr": 0.05 * dt, "momentum": 0.0, "initial": initial}
+    constrained = rule("constrained", thresholds={"a": 1.0}, **settings_)
     path = [0.0]
     for _ in range(steps):
         mu = constrained.multiplier("a")
         path.append(path[-1] + dt * (mu - (1 - mu) * pull * path[-1]))
-        constrained.update({"a": path[-1]})
+        if moves:
+            constrained.update({"a": path[-1]})
     return path, constrained.multiplier("a")
 
 
@@ -53,6 +87,14 @@ def test_the_toy_settles_at_its_threshold_with_the_closed_form_multiplier():
     path, mu = settle("tanh", 0.5)
     assert path[-1] == pytest.approx(1.0, abs=1e-3)
     assert mu == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_with_a_multiplier_that_stays_one_the_toy_runs_through_its_threshold_without_bound():
+    """J' = mu - (1 - mu) k J = 1: what fixed weights do. With the dual step J stays about theta."""
+    path, mu = settle("clamp", 0.5, initial=1.0, moves=False)
+    assert mu == 1
+    assert path[-1] == pytest.approx(8000 * 0.05)
+    assert max(settle("tanh", 0.5)[0]) < 2
 
 
 def test_without_the_pull_the_toy_goes_on_swinging():
@@ -189,13 +231,16 @@ def test_trust_lies_between_one_over_e_and_one(group):
 MIX = {"model": "a", "rule": "b", "confidence": "c", "weights": [1.0, 0.5, 0.5]}
 
 
-def mixed(model, of_rule, confidence, lengths=None, **settings_):
+def mixed(model, of_rule, confidence, lengths=None, adherence=None, **settings_):
     tables = [point("a", model), point("b", of_rule), point("c", confidence)]
     jury = [scorer("a"), scorer("b", required=False), scorer("c", required=False)]
     if lengths is not None:
         tables.append(point("d", lengths))
         jury.append(scorer("d"))
-    return rewards(rule("confidence_mix", **MIX, **settings_), scores(*tables, jury=jury))[0]
+    if adherence is not None:
+        tables.append(point("e", adherence))
+        jury.append(scorer("e"))
+    return rewards(rule("confidence_mix", **{**MIX, **settings_}), scores(*tables, jury=jury))[0]
 
 
 def test_full_confidence_ignores_the_model_and_none_ignores_the_rule():
@@ -214,12 +259,36 @@ def test_length_is_free_up_to_its_maximum_and_penalised_to_one_beyond():
     np.testing.assert_allclose(paid.totals(), [1, 0.75, 0.5])
 
 
+EXTRAS = {"instruction": "e", "length": "d", "length_max": 10, "length_buffer": 4}
+
+
+def test_every_part_of_the_mix_in_closed_form():
+    """R = w_a (q r_rule + (1 - q) sigmoid(z)) + w_i r_instr - w_l pen."""
+    model, of_rule, q = np.array([1.0, 2.0, 6.0]), np.array([0.5, 1.0, 0.25]), np.array([0.0, 0.5, 1.0])
+    adherence, lengths = np.array([0.5, 0.25, 1.0]), np.array([10.0, 11.0, 20.0])
+    weights = [2.0, 0.75, 0.25]
+    got = mixed(model, of_rule, q, lengths, adherence, weights=weights, **EXTRAS)
+    accuracy = q * of_rule + (1 - q) / (1 + np.exp(-(model - model.mean()) / model.std()))
+    expected = 2.0 * accuracy + 0.75 * adherence - 0.25 * np.array([0, 0.25, 1])
+    np.testing.assert_allclose(got.totals(), expected, atol=1e-6)
+
+
 @FEW
-@given(model=st.floats(-3, 3), of_rule=st.floats(0, 1), q=st.floats(0, 1), more=st.floats(0, 2))
-def test_the_mix_rises_with_the_rule_and_with_the_model(model, of_rule, q, more):
-    plain, by_rule, by_model = mixed([model, model, model + more], [of_rule, of_rule + more, of_rule], [q] * 3).totals()
-    assert by_rule >= plain - 1e-6
+@given(
+    parts=st.tuples(st.floats(-3, 3), st.floats(0, 1), st.floats(0, 1), st.floats(0, 20), st.floats(0, 1)),
+    more=st.floats(0, 2),
+)
+def test_the_mix_is_monotone_in_each_component(parts, more):
+    """Five samples: the first as it is, each other with more of one part; more length is worse."""
+    model, of_rule, q, length, adherence = parts
+    plain, by_model, by_rule, by_length, by_adherence = mixed(
+        [model, model + more, model, model, model], [of_rule, of_rule, of_rule + more, of_rule, of_rule], [q] * 5,
+        [length, length, length, length + more, length], [adherence] * 4 + [adherence + more], **EXTRAS,
+    ).totals()  # fmt: skip
     assert by_model >= plain - 1e-6
+    assert by_rule >= plain - 1e-6
+    assert by_length <= plain + 1e-6
+    assert by_adherence == pytest.approx(plain + 0.5 * more, abs=1e-5)
 
 
 def test_running_statistics_are_those_of_what_was_seen():

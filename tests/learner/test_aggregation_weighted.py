@@ -142,6 +142,21 @@ def test_only_rewards_of_great_variability_are_tamed():
     np.testing.assert_allclose(by_number.totals(), np.log1p(steady) + np.log1p(wild), rtol=1e-6)
 
 
+def test_a_reward_of_ten_times_the_variability_takes_a_smaller_share_of_the_sums_variance():
+    """Share of Var(R) = cov(R_k, R) / Var(R): 1 / 1.01 in the sum; tamed, its deviation is log(2.5 / 1.5) / 2."""
+    steady = 1 + 0.05 * np.array([-1, 1, -1, 1])
+    wild = 1 + 0.5 * np.array([-1, -1, 1, 1])
+
+    def share(name):
+        (got,) = rewards(rule(name), two(steady, wild))
+        return np.cov(got.totals() - steady, got.totals(), ddof=0)[0, 1] / got.totals().var()
+
+    tamed = np.log(2.5 / 1.5) ** 2 / 4
+    assert share("weighted_sum") == pytest.approx(1 / 1.01, rel=1e-5)
+    assert share("log_tame") == pytest.approx(tamed / (tamed + 0.05**2), rel=1e-5)
+    assert share("log_tame") < share("weighted_sum")
+
+
 @FEW
 @given(values=st.lists(st.floats(0, 100, width=32), min_size=2, max_size=6))
 def test_taming_keeps_the_order(values):
