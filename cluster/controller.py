@@ -45,6 +45,7 @@ from cluster.ledger import Ledger
 from cluster.lock import LockLost, RunLock
 from cluster.observed import Finder, export_observed
 from cluster.online import OnlineModels
+from cluster.processes import stacks_folder
 from cluster.refs import all_or_none, root_cause, value
 from cluster.report.end import write_at_end
 from cluster.report.samples import keep_samples
@@ -188,9 +189,10 @@ class Controller:
     def _start_watchdog(self, folder: RunFolder) -> Watchdog:
         """Dump every process's stack when no step ends in time; only training counts, so it is fed until then."""
         limit = self.config.telemetry.watchdog_s
+        written = str(folder.stacks) if folder.url is None else stacks_folder(self.config)
         event = self.context.telemetry.event if self.context is not None else (lambda *_args, **_fields: None)
         dog = Watchdog(
-            limit, folder.root / "stacks", lambda: watchdog.dump_cluster(str(folder.stacks)),
+            limit, folder.root / "stacks", lambda: watchdog.dump_cluster(written),
             lambda path, count: event("stalled", seconds=limit, stacks=str(path), processes=count),
         )  # fmt: skip
         dog.start()

@@ -23,6 +23,7 @@ from cluster import awake
 from cluster.telemetry.progress import ProgressDisplay
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors, ExitCode, SalonError
+from contracts.stacks import STACKS_ENV, install
 
 if TYPE_CHECKING:
     from cluster.controller import Parts
@@ -58,11 +59,20 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
 
     try:
         _refuse([*check_cluster(config, ray.cluster_resources()), *check_deployed(config)])
+        _tell_stacks(config)
         inherited = started_here and not cluster_address(config)
         return _follow(config, show, resume, parts, controller_options(config, inherited))
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _tell_stacks(config: RunConfig) -> None:
+    """The watchdog asks the driver where it stands too."""
+    from cluster.processes import stacks_folder
+
+    with suppress(OSError):
+        install(Path(stacks_folder(config), f"driver-{os.getpid()}.txt"))
 
 
 def _refuse(errors: list[ConfigError]) -> None:
@@ -145,9 +155,17 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     tokens = {scorer.token_env for scorer in config.jurors}
     kept = {name: os.environ[name] for name in tokens if name in os.environ}
     path = {} if in_job() else {"PYTHONPATH": import_path()}
-    stacks = {"SALON_STACKS": f"{config.runs_dir}/{config.name}/stacks"} if "://" not in config.runs_dir else {}
+    from cluster.processes import stacks_folder
+
     seen = {"SALON_METRICS_HOST": config.telemetry.metrics_host}
-    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **path, **stacks, **seen, **kept}
+    return {
+        "OMP_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        STACKS_ENV: stacks_folder(config),
+        **path,
+        **seen,
+        **kept,
+    }
 
 
 def import_path() -> str:

@@ -5,10 +5,14 @@ Does not own: who dumps stacks and when (telemetry/watchdog.py), what /metrics t
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
+import tempfile
 from typing import Any
+
+from contracts import stacks
+from contracts.config import RunConfig
+from contracts.digests import digest_text
 
 
 def prepare_process(name: str, metrics: bool = True) -> None:
@@ -20,12 +24,18 @@ def prepare_process(name: str, metrics: bool = True) -> None:
         from cluster.telemetry import process
 
         process.listen()
-    folder = os.environ.get("SALON_STACKS")
-    if folder:
-        from cluster.telemetry import watchdog
+    stacks.register(name)
 
-        with contextlib.suppress(OSError):
-            watchdog.install(os.path.join(folder, f"{name}-{os.getpid()}.txt"))
+
+def stacks_folder(config: RunConfig) -> str:
+    """Where the run's processes put their stacks, on whatever machine they are: known before the run folder is there.
+
+    That of a run at a URL is local to each machine; what the watchdog collects is in the run folder all the same.
+    """
+    if "://" not in config.runs_dir:
+        return f"{config.runs_dir}/{config.name}/stacks"
+    location = digest_text(config.runs_dir, config.name)
+    return os.path.join(tempfile.gettempdir(), f"salon-stacks-{os.getuid()}", f"{config.name}-{location[:12]}")
 
 
 def describe_process(_actor: Any = None) -> dict[str, Any]:

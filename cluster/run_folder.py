@@ -43,7 +43,7 @@ from contracts.errors import ConfigError
 
 LEDGER = "ledger.sqlite"
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "safetensors")
-_LOCAL_ONLY = ("vaults", "stacks", "checkpoints", "online")  # checkpoints are uploaded whole (checkpoints/remote.py)
+_LOCAL_ONLY = ("vaults", "checkpoints", "online")  # checkpoints are uploaded whole (checkpoints/remote.py)
 _LOCAL_SUFFIXES = (".tmp", ".lock", "-wal", "-shm", "-journal")
 
 

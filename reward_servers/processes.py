@@ -21,6 +21,7 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
+from contracts import stacks
 from contracts.errors import ConfigError, ScoringError
 from contracts.scores import ScoreTable
 from reward_servers.client.tables import join
@@ -195,6 +196,7 @@ def _load(parent_pid: int, name: str, options: tuple[str, ...]) -> None:
     global _loaded_here
     _depend_on(parent_pid)
     keep_freed_memory()
+    stacks.register(f"scoring-{name}")
     try:
         scorer = make_scorer(name, options)
         scorer.meter = lambda name, value, **labels: _observed.append((name, value, labels))

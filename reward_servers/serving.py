@@ -20,6 +20,7 @@ from typing import Any
 
 import uvicorn
 
+from contracts import stacks
 from contracts.errors import ConfigError, SalonError, ScoringError
 from reward_servers.app import Service, build_app
 from reward_servers.isolation import describe
@@ -147,6 +148,7 @@ def serve(
             await server.run(announce)
 
     keep_freed_memory()
+    stacks.register(f"reward-{scorer.name}")
     if parent_pid is not None:
         _watch_parent(parent_pid)
     with contextlib.suppress(asyncio.CancelledError):

@@ -1,8 +1,8 @@
 """Says where every process stands when nothing moves.
 
-Each of our processes registers faulthandler for SIGUSR1 into a file of its own (`install`). When no step has ended for
-`telemetry.watchdog_s`, the controller's Watchdog has every process of every node dump its threads' stacks and collects
-the texts under <run>/stacks/.
+Each of our processes writes its stacks into a file of its own on SIGUSR1 (contracts/stacks.py). When no step has ended
+for `telemetry.watchdog_s`, the controller's Watchdog has every process of every node dump its threads' stacks and
+collects the texts under <run>/stacks/.
 Invariant: only a process that has registered is ever signalled (SIGUSR1 would kill any other): its file names host, pid
 and start time, and all three must still hold.
 Does not own: what is done about a stall (leases and hang timeouts elsewhere end it).
@@ -11,7 +11,6 @@ Does not own: what is done about a stall (leases and hang timeouts elsewhere end
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import signal
@@ -20,31 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
-
-import psutil
+from typing import Any
 
 from cluster import awake
+from contracts.stacks import started
 
-STACKS_ENV = "SALON_STACKS"
 SETTLE_S = 1.0
 """Seconds a process gets to write its stacks."""
-
-_files: dict[str, TextIO] = {}  # kept open: faulthandler writes to the file descriptor from the signal handler
-
-
-def install(path: str | Path) -> None:
-    """Have this process dump the stacks of all its threads into `path` on SIGUSR1."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w", encoding="utf-8")
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}) + "\n")
-    file.flush()
-    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True, chain=False)
-    previous = _files.pop("stacks", None)
-    _files["stacks"] = file
-    if previous is not None:
-        previous.close()
 
 
 def dump_folder(folder: str | Path, settle_s: float = SETTLE_S) -> dict[str, str]:
@@ -135,14 +116,10 @@ def _registered_pid(path: Path) -> int | None:
         with path.open(encoding="utf-8", errors="replace") as file:
             header: Any = json.loads(file.readline())
         pid = int(header["pid"])
-        same = header["host"] == socket.gethostname() and abs(_started(pid) - float(header["started"])) < 0.01
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        same = header["host"] == socket.gethostname() and started(pid) == header["started"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return pid if same else None
-
-
-def _started(pid: int) -> float:
-    return psutil.Process(pid).create_time()
 
 
 def _after(path: Path, size: int) -> str:

@@ -182,14 +182,14 @@ def test_a_url_mirrors_the_run(tmp_path: Path, memory_url: str, kind: str) -> No
     (folder.vault(0) / "group-0.safetensors").write_bytes(b"x")
     (folder.stacks / "actor.txt").write_text("")
     folder.write_text("samples/a.json", "[]")
-    assert folder.sync() == 2  # the ledger and the sample
+    assert folder.sync() == 3  # the ledger, what hung and the sample
     assert folder.sync() == 0
     ledger.admit(PromptSpec(text="b"), 1, 4)
     assert folder.sync() == 1
     (folder.samples / "a.json").unlink()
     folder.sync()
     names = {name.removeprefix(path).lstrip("/") for name in remote.find(path)} - {".salon"}
-    assert names == {"config.yaml", "manifest.json", "ledger.sqlite"}
+    assert names == {"config.yaml", "manifest.json", "ledger.sqlite", "stacks/actor.txt"}
 
     opened = RunFolder.open(folder.location)
     assert opened.root != folder.root

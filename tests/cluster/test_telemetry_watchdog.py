@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+from cluster.processes import stacks_folder
 from cluster.telemetry import watchdog
 from cluster.telemetry.watchdog import Watchdog, dump_folder
+from contracts import stacks
+from contracts.config import RunConfig
+from contracts.config.load import config_from_tree, to_yaml
 
 THINKER = """
 import sys, time, threading
-from cluster.telemetry import watchdog
-watchdog.install(sys.argv[1])
+from contracts import stacks
+stacks.install(sys.argv[1])
 def deep_in_thought():
     print("ready", flush=True)
     time.sleep(600)
@@ -55,10 +60,10 @@ def test_no_process_that_did_not_register_is_signalled(tmp_path: Path) -> None:
     """SIGUSR1 would kill it. A file of a dead process whose pid was taken over looks like these."""
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        started = psutil.Process(bystander.pid).create_time()
+        started = stacks.started(bystander.pid)
         true = {"host": socket.gethostname(), "pid": bystander.pid, "started": started}
         files = {
-            "reused.txt": json.dumps({**true, "started": started - 5}),
+            "reused.txt": json.dumps({**true, "started": f"1{started}"}),
             "elsewhere.txt": json.dumps({**true, "host": "another"}),
             "gone.txt": json.dumps({**true, "pid": 2**22 - 1}),
             "torn.txt": '{"pid": ',
@@ -117,9 +122,9 @@ def test_every_node_of_a_ray_cluster_is_asked(tmp_path: Path, monkeypatch: pytes
         @ray.remote(num_cpus=0, max_concurrency=2)
         class Sleeper:
             def __init__(self, path: str) -> None:
-                from cluster.telemetry import watchdog as inside
+                from contracts import stacks
 
-                inside.install(path)
+                stacks.install(path)
 
             def lost_in_a_collective(self) -> None:
                 threading.Event().wait(600)
@@ -137,3 +142,55 @@ def test_every_node_of_a_ray_cluster_is_asked(tmp_path: Path, monkeypatch: pytes
     finally:
         if ours:
             ray.shutdown()
+
+
+def test_a_reward_server_and_its_scoring_process_say_where_they_stand(tmp_path: Path) -> None:
+    from reward_servers.client import ServerProcess
+
+    with ServerProcess("colourfulness", processes=1, env={stacks.STACKS_ENV: str(tmp_path)}) as server:
+        found = dump_folder(tmp_path, settle_s=1.0)
+        assert f"reward-colourfulness-{server.pid}.txt" in found
+        assert sorted(name.rsplit("-", 1)[0] for name in found) == ["reward-colourfulness", "scoring-colourfulness"]
+        assert all("Current thread" in text or "Thread" in text for text in found.values())
+        assert server.alive(), "it is asked, not ended"
+
+
+def test_a_hung_run_at_a_url_shows_the_stacks_of_all_its_processes(tmp_path: Path, repo_root: Path) -> None:
+    """The painter paints for ten minutes: the reward server and the driver are among those that say where they are."""
+    config = hung_config((tmp_path / "far").as_uri())
+    file = tmp_path / "hung.yaml"
+    file.write_text(to_yaml(config))
+    with (tmp_path / "driver.log").open("w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tests.laws.run_driver", str(file), "train", "exact"],
+            cwd=repo_root, stdout=log, stderr=log,
+        )  # fmt: skip
+    wanted = {"driver", "controller", "actor-0", "learner-0", "vault", "dispatcher", "host-colour",
+              "reward-colourfulness"}  # fmt: skip
+    deadline, told = time.monotonic() + 400, {}
+    try:
+        while not wanted <= told.keys():
+            assert driver.poll() is None, (tmp_path / "driver.log").read_text()
+            assert time.monotonic() < deadline, f"{sorted(told)}\n{(tmp_path / 'driver.log').read_text()}"
+            time.sleep(0.5)
+            told = {path.name.rsplit("-", 1)[0]: path.read_text() for path in tmp_path.glob("far/hung/stacks/*/*.txt")}
+        assert "in denoise" in told["actor-0"], "what hangs is what the dump shows"
+        assert "in serve" in told["reward-colourfulness"]
+    finally:
+        driver.kill()  # its Ray and all that belongs to the run go with it
+        driver.wait()
+        shutil.rmtree(stacks_folder(config), ignore_errors=True)
+
+
+def hung_config(runs_dir: str) -> RunConfig:
+    return config_from_tree(
+        {
+            "name": "hung", "runs_dir": runs_dir, "model": {"path": "none"},
+            "prompts": {"source": "tests.laws.exact_stand_ins:Prompts", "options": {"paint_s": 600.0}},
+            "rollout": {"groups_per_step": 1, "group_size": 2, "micro_batch": 2, "cpus_per_actor": 0.1},
+            "scorers": [{"name": "colour", "serve": "colourfulness"}],
+            "objective": {"name": "nft"}, "learner": {"engine": "plain", "cpus_per_rank": 0.1},
+            "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
+            "telemetry": {"tensorboard": False, "report": False, "watchdog_s": 3.0}, "stop": {"steps": 1},
+        }
+    )  # fmt: skip
