@@ -48,7 +48,7 @@ from cluster.online import OnlineModels
 from cluster.processes import stacks_folder
 from cluster.refs import all_or_none, root_cause, value
 from cluster.report.end import write_at_end
-from cluster.report.samples import keep_samples
+from cluster.report.samples import show_samples
 from cluster.resume import bring_back, evaluation_before, open_run
 from cluster.rollout_loop import ActorFleet, RolloutLoop
 from cluster.run_folder import RunFolder
@@ -66,7 +66,7 @@ from cluster.workers import ServerHost
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
 from contracts.config.scoring import ScorerConfig
-from contracts.errors import GuardStop, RankLost, SalonError, VersionChanged
+from contracts.errors import GuardStop, RankLost, SalonError, StorageError, VersionChanged
 from contracts.wire import DiscardReason
 
 log = logging.getLogger("salon.controller")
@@ -387,8 +387,7 @@ class Controller:
         if not wanted:
             return
         images, split = (await value(results[0][0]))[:wanted], self.config.eval.split
-        grid = keep_samples(context.folder, tag, context.step, split, plan, images, results[0][1])
-        context.telemetry.image(f"samples/{split}", grid, context.step)
+        show_samples(context.folder, context.telemetry, tag, context.step, split, plan, images, results[0][1])
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -400,8 +399,8 @@ class Controller:
             cause = root_cause(error)
             reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
             self._summarise(reason if isinstance(cause, GuardStop) else f"failed: {type(cause).__name__}: {reason}")
-        except Exception:
-            log.exception("summary.json could not be written")
+        except Exception as again:
+            log.warning("no summary: %s", again, exc_info=not isinstance(again, StorageError))
 
     def _finish(self) -> dict[str, Any]:
         return self._summarise("stopped" if self.stop_requested else "finished")
@@ -420,8 +419,12 @@ class Controller:
             actor_restarts=getattr(getattr(self, "fleet", None), "restarts", 0),
             version=context.store.version, outcome=outcome,
         )  # fmt: skip
+        failed = outcome.startswith("failed")
+        if failed:  # told even where no summary can be written
+            context.telemetry.event("failed", summary=summary)
         context.folder.write_json("summary.json", summary)
-        context.telemetry.event("failed" if outcome.startswith("failed") else "finished", summary=summary)
+        if not failed:
+            context.telemetry.event("finished", summary=summary)
         return summary
 
     async def _tear_down(self) -> None:

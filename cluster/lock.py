@@ -79,6 +79,8 @@ class RunLock:
         """Take the lock of the run at a path or URL. Raises ConfigError naming the holder while another has it."""
         place = _place(str(location))
         try:
+            if not place.takes_files():
+                raise _unwritable(location, os.strerror(errno.EACCES))
             if not _claimed(place, sleep):
                 raise _held(location, place.read())
             before = place.read()
@@ -218,6 +220,10 @@ class _Place:
         """Take the kernel's lock where there is one; False when another process has it."""
         return True
 
+    def takes_files(self) -> bool:
+        """Whether new files can be made beside it; True where only trying tells."""
+        return True
+
     def read(self) -> Holder | None:
         """What it says; None for nothing, or for what is no lock's text (torn by a crash)."""
         try:
@@ -260,6 +266,9 @@ class _File(_Place):
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise  # a file system without locks: the count must do
         return True
+
+    def takes_files(self) -> bool:
+        return os.access(self._path.parent, os.W_OK)  # else: a lock that can be written, in a folder that cannot
 
     def _read(self) -> bytes:
         return os.pread(self._file, self.SIZE, 0)
@@ -306,7 +315,11 @@ def _place(location: str) -> _Place:
     try:
         return _File(Path(location))
     except OSError as error:
-        raise ConfigError(
-            "runs_dir", f"run folder {location} cannot be written: {error.strerror}",
-            "make it writable, or copy the run to a folder you can write and resume it there",
-        ) from error  # fmt: skip
+        raise _unwritable(location, error.strerror) from error
+
+
+def _unwritable(location: str | Path, why: str | None) -> ConfigError:
+    return ConfigError(
+        "runs_dir", f"run folder {location} cannot be written: {why}",
+        "make it writable, or copy the run to a folder you can write and resume it there",
+    )  # fmt: skip

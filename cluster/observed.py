@@ -7,6 +7,7 @@ Does not own: series reported where things happen (the loops), the catalogue (co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ class Finder:
 
     def close(self) -> None:
         """The run has ended: nothing of it is to be scraped."""
-        self.targets.remove()
+        with contextlib.suppress(OSError):  # of a folder that cannot be written any more
+            self.targets.remove()
 
 
 def _addresses(scorer: ScorerConfig, replicas: Mapping[str, Sequence[str]]) -> list[str]:

@@ -20,6 +20,7 @@ Does not own: what the files hold (ledger/, telemetry/, learner states).
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import platform
@@ -29,8 +30,8 @@ import subprocess
 import tempfile
 import tomllib
 import uuid
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ import fsspec
 import numpy as np
 
 from contracts.config import RunConfig, to_yaml
-from contracts.errors import ConfigError
+from contracts.errors import ConfigError, StorageError
 
 LEDGER = "ledger.sqlite"
 _PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "safetensors")
@@ -72,8 +73,11 @@ class RunFolder:
         """
         location = location_of(config)
         folder = _new_mirror(location, config) if "://" in location else _new_local(Path(location), config)
-        folder.write_text("config.yaml", to_yaml(config))
-        folder.write_json("manifest.json", {"name": config.name, "seed": config.seed, **code_version()})
+        try:
+            folder.write_text("config.yaml", to_yaml(config))
+            folder.write_json("manifest.json", {"name": config.name, "seed": config.seed, **code_version()})
+        except StorageError as error:
+            raise _unwritable(folder.root, error.__cause__) from error
         folder.sync()
         return folder
 
@@ -152,13 +156,14 @@ class RunFolder:
 
     def _folder(self, name: str) -> Path:
         path = self.root / name
-        path.mkdir(parents=True, exist_ok=True)
+        with _storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
         return path
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file of the folder, whole or not at all; returns its path."""
+        """Write a file of the folder, whole or not at all; returns its path. Raises StorageError when it cannot."""
         return self._write(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -166,17 +171,18 @@ class RunFolder:
         return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def save_image(self, name: str, image: np.ndarray) -> Path:
-        """Write a uint8 [H,W,3] image under samples/, lossless; returns its path."""
+        """Write a uint8 [H,W,3] image under samples/, lossless; returns its path. Raises StorageError."""
         from PIL import Image
 
-        path = self.samples / name
-        temporary = _temporary(path)
-        Image.fromarray(image).save(temporary, format="PNG")
-        os.replace(temporary, path)
-        return path
+        data = io.BytesIO()
+        Image.fromarray(image).save(data, format="PNG")
+        return self._write(f"samples/{name}", data.getvalue())
 
     def update_manifest(self, **fields: Any) -> dict[str, Any]:
-        """Set fields of manifest.json (weight_digests, scorer_versions, ...); mappings are merged."""
+        """Set fields of manifest.json (weight_digests, scorer_versions, ...); mappings are merged.
+
+        Raises StorageError.
+        """
         manifest = json.loads(self.manifest.read_text()) if self.manifest.is_file() else {}
         for key, value in fields.items():
             old = manifest.get(key)
@@ -194,13 +200,14 @@ class RunFolder:
 
     def _write(self, name: str, data: bytes) -> Path:
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         return path
 
     # ---- mirroring -----------------------------------------------------------------------------------------------
@@ -284,12 +291,24 @@ def _new_local(root: Path, config: RunConfig) -> RunFolder:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            "runs_dir",
-            f"run folder {root} cannot be written: {error.strerror}",
-            "set runs_dir to a folder you can write",
-        ) from error
+        raise _unwritable(root, error) from error
     return RunFolder(root)
+
+
+def _unwritable(root: Path, why: BaseException | None) -> ConfigError:
+    told = getattr(why, "strerror", None) or why
+    return ConfigError(
+        "runs_dir", f"run folder {root} cannot be written: {told}", "set runs_dir to a folder you can write"
+    )
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """What the system says of a path as the error that is told to a user."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.of(path, error.strerror or error) from error
 
 
 def _refuse_or_clear(root: Path, config: RunConfig) -> None:

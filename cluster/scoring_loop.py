@@ -19,7 +19,7 @@ from cluster.context import RunContext
 from cluster.fruitless import Fruitless
 from cluster.refs import root_cause, value
 from cluster.step import discard_reason, group_rewards, unscored_tables
-from contracts.errors import NotStored, ScoringError, StaleLease, VersionChanged
+from contracts.errors import NotStored, ScoringError, StaleLease, StorageError, VersionChanged
 from contracts.scores import Outcome, ScoreTable
 from contracts.spans import wall_clock
 from contracts.wire import DiscardReason, GroupState, Source, Span
@@ -36,6 +36,7 @@ class ScoringLoop:
         self.tasks: set[asyncio.Task[None]] = set()
         self.unscored = 0  # groups in a row without enough valid scores
         self.fruitless = Fruitless(context)
+        self.unkept = self.told = False  # versions that manifest.json lacks, and whether an event says so
 
     async def submit(self, group_id: int, vault: str) -> None:
         """Begin scoring a generated group; returns at once."""
@@ -123,8 +124,20 @@ class ScoringLoop:
             return False
         if changed or not found.keys() <= known.keys():
             known.update(found)
-            context.folder.update_manifest(scorer_versions=known)
+            self.unkept = True
+        if self.unkept:
+            self._keep_versions()
         return True
+
+    def _keep_versions(self) -> None:
+        """Write the versions down; where there is no room for it, again with the next group."""
+        try:
+            self.context.folder.update_manifest(scorer_versions=self.context.scorer_versions)
+            self.unkept = self.told = False
+        except StorageError as error:
+            if not self.told:
+                self.context.telemetry.event("versions_not_kept", error=str(error))
+            self.told = True
 
     async def _tables(self, group_id: int, vault: str) -> tuple[dict[str, ScoreTable], dict[str, Span]]:
         header = self.context.groups[group_id].header

@@ -95,6 +95,14 @@ class StaleLease(LedgerError):
 class StorageError(SalonError):
     """The run folder cannot be written any more. What was acknowledged is safe: make room, then resume."""
 
+    @classmethod
+    def of(cls, what: object, why: object) -> StorageError:
+        """what: a file or folder, or words for it; why: what the system said."""
+        return cls(
+            f"{what} cannot be written: {why}. What was acknowledged is safe: make room, or make it writable, then "
+            "resume the run"
+        )
+
 
 class GuardStop(SalonError):
     """Guards ended the run. A checkpoint was written, so it can be resumed, as it is or with other settings.

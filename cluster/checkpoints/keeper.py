@@ -27,7 +27,7 @@ from cluster.checkpoints.assembly import assemble
 from cluster.checkpoints.layout import Checkpoint, RunState
 from cluster.checkpoints.remote import RemoteCheckpoints, url_of
 from cluster.context import RunContext
-from cluster.refs import value
+from cluster.refs import root_cause, value
 from contracts.config.checkpoint import CheckpointConfig
 from contracts.errors import NotStored, RankLost, StorageError
 from contracts.spans import wall_clock
@@ -86,14 +86,24 @@ class CheckpointKeeper:
         return step // self._config.every_steps > self._begun_step // self._config.every_steps or by_time or by_score
 
     async def begin(self) -> None:
-        """Start a checkpoint of the run as it is between two steps. Raises RankLost."""
+        """Start a checkpoint of the run as it is between two steps; one that cannot be begun is one that failed.
+
+        Raises RankLost.
+        """
         context, start = self._context, time.monotonic()
         self._begun_step, self._begun_at, self._scored_step = context.step, start, context.scored_step
         self._error = None
         self._sweep()
         name = f".{layout.folder_name(context.step)}.{uuid.uuid4().hex[:8]}.unfinished"
         state = self._state()
-        await self._group.begin_save(self._folder / name)
+        try:
+            await self._group.begin_save(self._folder / name)
+        except Exception as error:
+            cause = root_cause(error)
+            if not isinstance(cause, OSError):
+                raise
+            self._failed(self._folder / name, state.step, cause)
+            return
         stall = time.monotonic() - start
         context.telemetry.observe("salon_checkpoint_stall_seconds", stall)
         context.telemetry.phase("learner", "save_state", stall)
@@ -110,8 +120,8 @@ class CheckpointKeeper:
         if self.newest is not None and self.step == self._context.step:
             return
         await self.begin()
-        assert self._task is not None
-        await asyncio.wait([self._task])
+        if self._task is not None and self.under_way:
+            await asyncio.wait([self._task])
         if isinstance(self._error, RankLost):
             raise self._error
         if self._error is not None:

@@ -68,10 +68,7 @@ class LedgerWriter(LedgerReader):
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.OperationalError):
-                    raise StorageError(
-                        f"the ledger {self.path} cannot be written: {error}. What was acknowledged is safe: make room, "
-                        "or make it writable, then resume the run"
-                    ) from error
+                    raise StorageError.of(f"the ledger {self.path}", error) from error
                 raise
 
     def _set(self, group_id: int, **columns: Any) -> None:

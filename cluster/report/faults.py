@@ -35,6 +35,8 @@ WORDS = {
     "stalled": "no step ended in time: stacks were dumped",
     "sink_loses_rows": "a tracker does not take rows; the run goes on without them",
     "sink_writes_again": "a tracker takes rows again",
+    "samples_not_kept": "images of an evaluation could not be written",
+    "versions_not_kept": "the scorers' versions could not be written into manifest.json",
     "report_failed": "the report could not be written",
     "guard_warned": "a guard warned",
     "guard_stopped": "a guard stopped the run",

@@ -24,7 +24,7 @@ from cluster.report.panels import SECTIONS, Panel
 from cluster.report.samples import Sample, SampleSet, same_images
 from cluster.report.view import RunView, open_run, read_run
 from cluster.run_folder import RunFolder
-from contracts.errors import ConfigError
+from contracts.errors import ConfigError, StorageError
 
 MAX_PROMPTS = 16
 MAX_SETS = 4
@@ -86,8 +86,10 @@ def _write_to_run(folder: RunFolder, name: str, text: str) -> str:
     try:
         path = folder.write_text(name, text)
         folder.send(name)
-    except OSError as error:
-        raise ConfigError("RUN", f"{folder.location} cannot be written: {error.strerror}", "give --out FILE") from error
+    except (StorageError, OSError) as error:
+        why = error.__cause__ if isinstance(error, StorageError) else error
+        told = getattr(why, "strerror", None) or why
+        raise ConfigError("RUN", f"{folder.location} cannot be written: {told}", "give --out FILE") from error
     return f"{folder.url.rstrip('/')}/{name}" if folder.url else str(path)
 
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from cluster.evaluate import EvalPlan, image_grid
 from cluster.run_folder import RunFolder
+from cluster.telemetry import Telemetry
+from contracts.errors import StorageError
 from contracts.scores import ScoreTable
 
 
@@ -58,11 +60,13 @@ def keep_samples(
     images: np.ndarray,
     tables: Mapping[str, ScoreTable],
 ) -> np.ndarray:
-    """Write the first N = len(images) images of a plan, uint8 [N,H,W,3]; returns the contact sheet, uint8 [H',W',3]."""
+    """Write the first N = len(images) images of a plan, uint8 [N,H,W,3]; returns the contact sheet, uint8 [H',W',3].
+
+    Raises StorageError; read_samples() does not see what was written until then.
+    """
     name = tag.replace(" ", "-")
     grid = image_grid(images)
     folder.save_image(f"{name}.png", grid)
-    (folder.samples / name).mkdir(exist_ok=True)
     rows = []
     for index, image in enumerate(images):
         file = f"{name}/{index:03d}.png"
@@ -74,6 +78,25 @@ def keep_samples(
         f"samples/{name}.json", {"tag": tag, "step": step, "split": split, "sampling": sampling, "images": rows}
     )
     return grid
+
+
+def show_samples(
+    folder: RunFolder,
+    telemetry: Telemetry,
+    tag: str,
+    step: int,
+    split: str,
+    plan: EvalPlan,
+    images: np.ndarray,
+    tables: Mapping[str, ScoreTable],
+) -> None:
+    """keep_samples, and the contact sheet in every tracker. A folder without room costs the files and an event."""
+    try:
+        grid = keep_samples(folder, tag, step, split, plan, images, tables)
+    except StorageError as error:
+        telemetry.event("samples_not_kept", tag=tag, error=str(error))
+        grid = image_grid(images)
+    telemetry.image(f"samples/{split}", grid, step)
 
 
 def _scores_of(tables: Mapping[str, ScoreTable], index: int) -> dict[str, float]:

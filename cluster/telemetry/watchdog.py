@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ from contracts.stacks import started
 
 SETTLE_S = 1.0
 """Seconds a process gets to write its stacks."""
+
+log = logging.getLogger("salon.watchdog")
 
 
 def dump_folder(folder: str | Path, settle_s: float = SETTLE_S) -> dict[str, str]:
@@ -98,7 +101,10 @@ class Watchdog:
         while not self._ended.wait(self._poll_s):
             if not self._stalled and awake.clock() - self._last > self.limit_s:
                 self._stalled = True
-                self._write(self._dump())
+                try:
+                    self._write(self._dump())
+                except Exception as error:  # of Ray or the disk: the next stall is looked for all the same
+                    log.warning("a stall's stacks were not written: %s", error)
 
     def _write(self, stacks: Mapping[str, str]) -> None:
         target = self.folder / time.strftime("%Y%m%d-%H%M%S")

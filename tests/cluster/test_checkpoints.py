@@ -152,6 +152,25 @@ def test_an_unfinished_folder_is_no_checkpoint_and_is_cleared_away(run: SmallRun
 # ---- disks that fail
 
 
+def test_a_checkpoint_that_the_ranks_cannot_begin_costs_itself_too(
+    run: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.steps(2)
+    kept = save(run)
+    run.steps(1)
+
+    async def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.learner, "begin_save", full)
+        with pytest.raises(StorageError, match=r"No space left.*newest is of step 2\. Make room"):
+            asyncio.run(run.keeper.write_now())
+        assert run.kinds().count("checkpoint_failed") == 1
+    assert run.keeper.newest is kept
+    assert save(run).step == 3
+
+
 def test_a_full_disk_costs_the_checkpoint_and_in_the_end_stops_the_run(
     run: SmallRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

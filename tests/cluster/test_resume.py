@@ -27,6 +27,8 @@ from contracts.errors import ConfigError, ConfigErrors, ExitCode, StorageError, 
 from contracts.scores import point_table
 from contracts.wire import DiscardReason, GroupState, PromptSpec
 from tests.cluster.checkpoint_kit import SmallRun, make_config
+from tests.cluster.small_disk import read_only
+from tests.laws.run_kit import tiny_config
 
 
 def begin(config: RunConfig) -> SmallRun:
@@ -352,6 +354,25 @@ def test_another_format_is_refused_with_the_reason(tmp_path: Path, found: Any) -
 
 
 # ---- disks and clocks under the ledger
+
+
+def test_a_read_only_run_folder_is_refused_with_the_way_out(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """By the lock, before anything is started; the run is untouched and goes on elsewhere or once it is writable."""
+    config = tiny_config(tiny_model_folder, tmp_path)
+    opened = open_run(config, resume=False)
+    opened.lock.release()
+    folder = opened.folder.root
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with read_only(folder):
+        ended = CliRunner().invoke(main, ["resume", str(folder)])
+        assert ended.exit_code == ExitCode.CONFIG
+        assert f"run folder {folder} cannot be written: " in ended.output
+        assert "make it writable, or copy the run to a folder you can write and resume it there" in ended.output
+        assert "Traceback" not in ended.output
+        with pytest.raises(ConfigError, match="make it writable"):
+            open_run(config, resume=True)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    open_run(config, resume=True).lock.release()
 
 
 def fill(run: SmallRun) -> None:
