@@ -29,7 +29,9 @@ from tests.learner.learner_harness import (
 LR = 1e-3
 PPO = {"name": "ppo", "kl_beta": 0.04}
 NFT = {"name": "nft", "decay_rate": 0.1}
+LORA = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
 ENGINES: list[int | None] = [None, 1, 2, 3]  # None: plain
+LORA_STAGES: list[int | None] = [2, 3]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
@@ -46,15 +48,16 @@ class Rank:
     """A learner in this process with what the tests do to it."""
 
     def __init__(
-        self, rank: int, world: int, folder: str, objective: dict[str, Any], stage: int | None, painted: Painted
-    ):
+        self, rank: int, world: int, folder: str, objective: dict[str, Any], stage: int | None, painted: Painted,
+        **model: Any,
+    ) -> None:  # fmt: skip
         from learner.engines import deepspeed
         from learner.rank import RankLearner
 
         torch.set_num_threads(1)
         deepspeed.PERSISTENT_ELEMENTS = 200  # ZeRO-3 splits most of so small a model, and keeps some whole
         self.painted = painted
-        self.learner = RankLearner(config_of(folder, objective, world, stage), rank, world)
+        self.learner = RankLearner(config_of(folder, objective, world, stage, **model), rank, world)
 
     def job(self) -> Any:
         return job_of(self.learner.config, self.painted, seeded_rewards(self.painted, {1: [0, 1]}), self.learner)
@@ -68,11 +71,12 @@ class Rank:
 
 
 def write_and_go_on(
-    rank: int, world: int, folder: str, objective: dict[str, Any], stage: int | None, painted: Painted, state: str
-) -> Any:
+    rank: int, world: int, folder: str, objective: dict[str, Any], stage: int | None, painted: Painted, state: str,
+    **model: Any,
+) -> Any:  # fmt: skip
     """Train, save, train on: metrics of the second step, weights at both times, snapshots, what is published, and
     AdamW's moments as saved."""
-    one = Rank(rank, world, folder, objective, stage, painted)
+    one = Rank(rank, world, folder, objective, stage, painted, **model)
     one.train()
     one.learner.save_state(state)
     saved, moments = weights_of(one.learner), moments_of(one.learner)
@@ -90,12 +94,13 @@ def read_and_go_on(
     stages: list[int | None],
     painted: Painted,
     state: str,
+    **model: Any,
 ) -> Any:
     """For each stage: load, train: metrics of that step, weights before and after it, snapshots after it, and AdamW's
     moments as loaded."""
     results = []
     for stage in stages:
-        one = Rank(rank, world, folder, objective, stage, painted)
+        one = Rank(rank, world, folder, objective, stage, painted, **model)
         one.learner.load_state(state)
         loaded, moments = weights_of(one.learner), moments_of(one.learner)
         metrics = one.train()
@@ -118,6 +123,13 @@ def on_two_ranks(rank: int, world: int, folder: str, painted: Painted, states: s
         "of plain": read_and_go_on(rank, world, folder, PPO, [3, 2, None], painted, f"{states}/plain-ppo"),
         "failures": {stage: fail_together(rank, world, folder, stage, painted) for stage in ENGINES},
         "lora": lora_steps(rank, world, folder, [1, 2, 3], painted),
+        **{
+            f"lora state {stage}": write_and_go_on(
+                rank, world, folder, NFT, stage, painted, f"{states}/zero{stage}-lora", **LORA
+            )
+            for stage in LORA_STAGES
+        },
+        "of plain lora": read_and_go_on(rank, world, folder, NFT, LORA_STAGES, painted, f"{states}/plain-lora", **LORA),
         "other names": report_other_names(rank, world),
     }
 
@@ -147,6 +159,7 @@ def plain(tiny_model_folder: Path, painted: Painted, states: str) -> Any:
     return {
         "ppo": write_and_go_on(0, 1, folder, PPO, None, painted, f"{states}/plain-ppo"),
         "nft": write_and_go_on(0, 1, folder, NFT, None, painted, f"{states}/plain-nft"),
+        "lora": write_and_go_on(0, 1, folder, NFT, None, painted, f"{states}/plain-lora", **LORA),
         "clean step": Rank(0, 1, folder, NFT, None, painted).train(),
     }
 
@@ -214,6 +227,22 @@ def test_what_one_plain_rank_writes_two_ranks_load(index: int, two_ranks: Any, p
         same_step(of_rank["of plain"][index], plain["ppo"])
 
 
+@pytest.mark.parametrize("stage", LORA_STAGES)
+def test_what_two_partitioned_ranks_write_of_a_lora_one_plain_rank_loads(
+    stage: int, two_ranks: Any, tiny_model_folder: Path, painted: Painted, states: str
+) -> None:
+    state = f"{states}/zero{stage}-lora"
+    (found,) = read_and_go_on(0, 1, str(tiny_model_folder), NFT, [None], painted, state, **LORA)
+    assert all("lora_" in name for name in found[1])
+    same_step(found, two_ranks[0][f"lora state {stage}"])
+
+
+@pytest.mark.parametrize("index", range(len(LORA_STAGES)), ids=["zero2", "zero3"])
+def test_what_one_plain_rank_writes_of_a_lora_two_ranks_load(index: int, two_ranks: Any, plain: Any) -> None:
+    for of_rank in two_ranks:
+        same_step(of_rank["of plain lora"][index], plain["lora"])
+
+
 def fail_together(rank: int, world: int, folder: str, stage: int | None, painted: Painted) -> dict[str, Any]:
     """What each failure does under an engine; then a clean step."""
     one = Rank(rank, world, folder, NFT, stage, painted)
@@ -274,8 +303,7 @@ def lora_steps(rank: int, world: int, folder: str, stages: list[int | None], pai
 
     results = []
     for stage in stages:
-        lora = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
-        learner = RankLearner(config_of(folder, NFT, world, stage, **lora), rank, world)
+        learner = RankLearner(config_of(folder, NFT, world, stage, **LORA), rank, world)
         job = job_of(learner.config, painted, seeded_rewards(painted))
         for _ in range(2):
             painted.train(learner, job)
