@@ -36,6 +36,7 @@ SECTIONS = {
     "scoring": Section("A reward server against a bare call of its scorer (at least 0.9)"),
     "judge": Section("A judge's protocol layer against its bare endpoint (at least 0.9)"),
     "recovery": Section("From the death of a reward server's replica to full service"),
+    "checkpoints": Section("Checkpoints beside training, and from a resume to the first step", limit_s=3600.0),
     "trace": Section("Tracing and telemetry against the learner step (at most 2 %)"),
     "demo_time": Section("The demo's time to half its held-out gain against the in-process loop", limit_s=9000.0),
     "ppo_critic": Section("PPO's critic on the playground: explained variance", limit_s=7200.0, timing=False),
