@@ -22,6 +22,7 @@ from cluster.deployed.cli import jury
 from learner.engines.compiled_op import path_with_environment
 
 if TYPE_CHECKING:
+    from cluster.checks.jury import Asked
     from cluster.export import Weights
     from contracts.config import RunConfig
     from contracts.errors import ConfigError
@@ -108,14 +109,18 @@ def resume(run: str, overrides: Sequence[str], accept_new_prompts: bool) -> None
 @click.option("--offline", is_flag=True, help="Do not ask reward servers.")
 def validate(config: str, overrides: Sequence[str], offline: bool) -> None:
     """List every mismatch of CONFIG, or print the plan of the run. Nothing is started, no model is loaded."""
-    loaded = _load(config, overrides)
-    _refuse(_mismatches(loaded, live=not offline))
-    from cluster.plan import describe
-    from cluster.validate import join_and_check, warnings
+    from cluster.validate import check, join_and_check, warnings
 
+    loaded = _load(config, overrides)
+    _refuse(check(loaded))
+    infos = {}
     if not offline:
-        _refuse(join_and_check(loaded))
-    click.echo(describe(loaded, warnings(loaded)))
+        by_url, by_name = _ask(loaded), join_and_check(loaded)
+        _refuse([*by_url.errors, *by_name.errors])
+        infos = {**by_url.infos, **by_name.infos}
+    from cluster.plan import describe
+
+    click.echo(describe(loaded, warnings(loaded), infos))
 
 
 @main.command("eval")
@@ -180,17 +185,20 @@ def _load(config: str, overrides: Sequence[str]) -> RunConfig:
     return load_config(config, overrides)
 
 
-def _mismatches(config: RunConfig, live: bool = True) -> list[ConfigError]:
+def _mismatches(config: RunConfig) -> list[ConfigError]:
     """What does not fit; running reward servers are asked too, unless there are other mismatches already."""
-    from cluster.checks.jury import reached
-    from cluster.validate import check, check_scorers_live
+    from cluster.validate import check
 
-    errors = check(config)
-    if live and not errors and reached(config):
-        import asyncio
+    return check(config) or _ask(config).errors
 
-        errors = asyncio.run(check_scorers_live(config))
-    return errors
+
+def _ask(config: RunConfig) -> Asked:
+    """What running reward servers given by URL say."""
+    import asyncio
+
+    from cluster.validate import check_scorers_live
+
+    return asyncio.run(check_scorers_live(config))
 
 
 def _refuse(errors: list[ConfigError]) -> None:

@@ -58,7 +58,7 @@ def train(config: RunConfig, show: bool = True, resume: bool = False, parts: Par
     import ray
 
     try:
-        _refuse([*check_cluster(config, ray.cluster_resources()), *check_deployed(config)])
+        _refuse([*check_cluster(config, ray.cluster_resources()), *check_deployed(config).errors])
         _tell_stacks(config)
         inherited = started_here and not cluster_address(config)
         return _follow(config, show, resume, parts, controller_options(config, inherited))

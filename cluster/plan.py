@@ -7,12 +7,14 @@ Does not own: whether the run can start (validate.py), placement (controller).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
 
 from cluster.checks.declared import Declared, look_up
 from cluster.checks.headers import ModelCard, adapted_layers, read_model_card
+from cluster.checks.jury import gives_of
 from cluster.checks.machines import wanted_cpus, wanted_gpus
 from cluster.checks.method import group_size, num_micro_batches, num_stochastic_steps
 from cluster.checks.previews import num_previews
@@ -21,6 +23,7 @@ from contracts.config import RunConfig
 from contracts.config.scorers import num_comparisons
 from contracts.declarations import ObjectiveNeeds
 from contracts.needs import objective_needs
+from contracts.scores import ScorerInfo
 from contracts.wire import Source
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -40,13 +43,14 @@ class Place:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Numbers of a run. Per step unless the name says otherwise; None where the model's folder is unknown."""
+    """Numbers of a run. Per step unless the name says otherwise; None where the model's folder is unknown, and of
+    reward_requests and comparisons where only a scorer's server could tell and was not asked."""
 
     places: list[Place]
     source: Source
     groups: int
     images: int
-    reward_requests: dict[str, int]
+    reward_requests: dict[str, int | None]
     updates: int
     micro_batches: int
     group_bytes: int | None
@@ -55,13 +59,18 @@ class RunPlan:
     total_steps: int | None
     total_seconds: float | None
     eval_images: int
-    comparisons: dict[str, int] = field(default_factory=dict)  # by scorer of pairs
+    comparisons: dict[str, int | None] = field(default_factory=dict)  # by scorer that compares pairs, or may
     notes: list[str] = field(default_factory=list)
 
 
-def make_plan(config: RunConfig) -> RunPlan:
-    """The plan of a configuration that `check` found nothing wrong with."""
+def make_plan(config: RunConfig, infos: Mapping[str, ScorerInfo] | None = None) -> RunPlan:
+    """The plan of a configuration that `check` found nothing wrong with.
+
+    infos: what the servers of scorers given by URL said of themselves, by name of the scorer, if they were asked.
+    """
+    infos = infos or {}
     declared = look_up(config)
+    declared = replace(declared, scorers={**declared.scorers, **{name: gives_of(infos[name]) for name in infos}})
     needs = objective_needs(config)
     size, groups = group_size(config, declared), config.rollout.groups_per_step
     card = read_model_card(Path(config.model.path))
@@ -73,7 +82,7 @@ def make_plan(config: RunConfig) -> RunPlan:
         group_bytes=_group_bytes(config, needs, card, size, source), weight_bytes=_weight_bytes(config, card),
         live_groups=(config.pipeline.max_staleness + 1) * groups, total_steps=config.stop.steps,
         total_seconds=config.stop.seconds, eval_images=config.eval.num_prompts * config.eval.images_per_prompt,
-        comparisons=_comparisons(config, declared, groups, size),
+        comparisons=_comparisons(config, declared, infos, groups, size) if source is Source.ACTORS else {},
     )  # fmt: skip
 
 
@@ -83,7 +92,7 @@ def _source(declared: Declared, needs: ObjectiveNeeds) -> Source:
     return declared.prompts.source if declared.prompts is not None else Source.ACTORS
 
 
-def _requests(config: RunConfig, declared: Declared, groups: int, size: int, source: Source) -> dict[str, int]:
+def _requests(config: RunConfig, declared: Declared, groups: int, size: int, source: Source) -> dict[str, int | None]:
     """HTTP requests a step, by scorer: a group is asked about on its own, at most max_batch images a request.
 
     A scorer that needs a group whole gets it in one request; one of previews is sent those of all its steps.
@@ -93,16 +102,34 @@ def _requests(config: RunConfig, declared: Declared, groups: int, size: int, sou
     if source is Source.LEARNER:
         number = ceil(groups * size / config.learner_micro_batch)
         return {scorer.name: 0 if scorer.held_out else number for scorer in config.scorers}
-    whole = {name for name, gives in declared.scorers.items() if gives is not None and gives.needs_group}
-    sent = {s.name: size * num_previews(config, [s]) if s.previews is not None else size for s in config.scorers}
-    return {s.name: groups * (1 if s.name in whole else ceil(sent[s.name] / s.max_batch)) for s in config.scorers}
+    found: dict[str, int | None] = {}
+    for scorer in config.scorers:
+        gives = declared.scorers[scorer.name]
+        sent = size if scorer.previews is None else size * num_previews(config, [scorer])
+        parts = ceil(sent / scorer.max_batch)
+        unasked = gives is None and bool(scorer.urls)
+        whole = gives is not None and gives.needs_group
+        found[scorer.name] = None if unasked and parts > 1 else groups * (1 if whole else parts)
+    return found
 
 
-def _comparisons(config: RunConfig, declared: Declared, groups: int, size: int) -> dict[str, int]:
-    """Comparisons of two images a step, both orders counted, by scorer of pairs that the run serves itself."""
-    gives = {scorer.name: declared.scorers[scorer.name] for scorer in config.scorers}
-    pairing = [s for s in config.scorers if (g := gives[s.name]) is not None and g.kind == "pair" and s.serve]
-    return {s.name: groups * num_comparisons(size, s.options.get("pairs")) for s in pairing}
+def _comparisons(
+    config: RunConfig, declared: Declared, infos: Mapping[str, ScorerInfo], groups: int, size: int
+) -> dict[str, int | None]:
+    """Comparisons of two images a step, both orders counted, by scorer of pairs.
+
+    None: a server that has not been asked whether it compares pairs, or does not say how many.
+    """
+    found: dict[str, int | None] = {}
+    for scorer in config.scorers:
+        gives, info = declared.scorers[scorer.name], infos.get(scorer.name)
+        if gives is None and scorer.urls:
+            found[scorer.name] = None
+        elif gives is not None and gives.kind == "pair":
+            pairs = scorer.options.get("pairs", "all") if info is None else info.pairs
+            known = None if pairs == "all" else pairs
+            found[scorer.name] = None if pairs is None else groups * num_comparisons(size, known)
+    return found
 
 
 def _group_bytes(
@@ -196,11 +223,14 @@ def _rank_bytes(config: RunConfig, needs: ObjectiveNeeds, card: ModelCard | None
     return int(total)
 
 
-def describe(config: RunConfig, warnings: list[str] | None = None) -> str:
-    """The plan as text."""
-    plan = make_plan(config)
+def describe(
+    config: RunConfig, warnings: list[str] | None = None, infos: Mapping[str, ScorerInfo] | None = None
+) -> str:
+    """The plan as text. infos: as make_plan takes them."""
+    plan = make_plan(config, infos)
     lines = [f"run {config.name}: {config.objective.name}, {config.sampler.name} in {config.sampler.steps} steps"]
-    lines += ["", "who runs where", *_table(plan.places), _reserved(config), "", "a step", *_step_lines(config, plan)]
+    lines += ["", "who runs where", *_table(plan.places), _reserved(config)]
+    lines += ["", "a step", *_step_lines(config, plan, infos or {})]
     lines += ["", "the run", *_run_lines(config, plan)]
     if warnings:
         lines += ["", "worth a look", *(f"  {warning}" for warning in warnings)]
@@ -234,20 +264,19 @@ def _reserved(config: RunConfig) -> str:
     )
 
 
-def _step_lines(config: RunConfig, plan: RunPlan) -> list[str]:
-    requests = ", ".join(f"{name} {number}" for name, number in plan.reward_requests.items())
+def _step_lines(config: RunConfig, plan: RunPlan, asked: Container[str]) -> list[str]:
+    """asked: names of scorers whose servers have told what they are."""
     size, previews = plan.images // plan.groups, num_previews(config, config.scorers)
     lines = [
         f"  images         {plan.images} ({plan.groups} groups of {size}), source: {plan.source.value}",
-        f"  reward calls   {requests}",
+        f"  reward calls   {_by_scorer(plan.reward_requests, asked)}",
         f"  updates        {plan.updates}, over {plan.micro_batches} micro-batches of at most "
         f"{config.learner_micro_batch} rows on {_count(config.learner.ranks, 'rank')}",
     ]
     if previews:
         lines.insert(1, f"  previews       {_count(previews, 'step')} of each image, {plan.images * previews} decoded")
     if plan.comparisons:
-        compared = ", ".join(f"{name} {number}" for name, number in plan.comparisons.items())
-        lines.insert(2, f"  comparisons    {compared} (both orders)")
+        lines.insert(2, f"  comparisons    {_by_scorer(plan.comparisons, asked)} (both orders)")
     if plan.group_bytes is not None and plan.weight_bytes is not None:
         stored = plan.group_bytes * plan.groups
         live = plan.group_bytes * plan.live_groups
@@ -256,6 +285,14 @@ def _step_lines(config: RunConfig, plan: RunPlan) -> list[str]:
             f"  weights        {size_text(plan.weight_bytes)} to each node with actors",
         ]
     return lines
+
+
+def _by_scorer(numbers: Mapping[str, int | None], asked: Container[str]) -> str:
+    def told(name: str, number: int | None) -> str:
+        unknown = "unknown, as its server does not say" if name in asked else "unknown until the server is asked"
+        return f"{name} {unknown if number is None else number}"
+
+    return ", ".join(told(name, number) for name, number in numbers.items())
 
 
 def _run_lines(config: RunConfig, plan: RunPlan) -> list[str]:

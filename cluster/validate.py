@@ -15,7 +15,7 @@ from cluster.checks.aggregation import check_aggregation
 from cluster.checks.declared import look_up
 from cluster.checks.guards import check_guards
 from cluster.checks.inputs import check_inputs, metadata_keys
-from cluster.checks.jury import ask_servers, check_jury, check_metadata, check_names, reached
+from cluster.checks.jury import Asked, ask_servers, check_jury, check_metadata, check_names, reached
 from cluster.checks.machines import check_machines, check_resources
 from cluster.checks.method import check_method, method_warnings
 from cluster.checks.online import check_online
@@ -63,34 +63,35 @@ def check_cluster(config: RunConfig, resources: Mapping[str, float]) -> list[Con
     return list(check_resources(config, resources))
 
 
-def check_deployed(config: RunConfig) -> list[ConfigError]:
+def check_deployed(config: RunConfig) -> Asked:
     """The same of scorers and judges named by their deployment, in a process that has joined their Ray cluster."""
     if not _names_deployments(config):
-        return []
+        return Asked([], {})
     from cluster.deployed.names import resolved, with_judge
 
     try:
         scorers = tuple(resolved(scorer) for scorer in config.scorers)
         online = tuple(with_judge(each, f"online.{index}") for index, each in enumerate(config.online))
     except ConfigError as error:
-        return [error]
+        return Asked([error], {})
     return asyncio.run(ask_servers(config.model_copy(update={"scorers": scorers, "online": online})))
 
 
-def join_and_check(config: RunConfig) -> list[ConfigError]:
+def join_and_check(config: RunConfig) -> Asked:
     """What the cluster that the run is to join lacks, resources and deployed scorers; joins it where one is named."""
     from cluster.driver import cluster_address, start_ray
 
     if cluster_address(config) is None:
-        return []
+        return Asked([], {})
     try:
         joined = start_ray(config)
     except ConfigError as error:
-        return [error]
+        return Asked([error], {})
     import ray
 
     try:
-        return [*check_cluster(config, ray.cluster_resources()), *check_deployed(config)]
+        asked = check_deployed(config)
+        return Asked([*check_cluster(config, ray.cluster_resources()), *asked.errors], asked.infos)
     finally:
         if joined:
             ray.shutdown()
@@ -100,8 +101,8 @@ def _names_deployments(config: RunConfig) -> bool:
     return any(each.scorer.deployments for each in reached(config))
 
 
-async def check_scorers_live(config: RunConfig) -> list[ConfigError]:
-    """What running reward servers (given by URL) answer otherwise than the configuration expects."""
+async def check_scorers_live(config: RunConfig) -> Asked:
+    """What running reward servers (given by URL) answer, and where that is not what the configuration expects."""
     return await ask_servers(config)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -234,3 +234,6 @@ class ScorerInfo(Message):
     paper: str = ""
     weight_digest: str = ""
     whole_group: bool = Field(default=False, description="a request is one group, scored in one call")
+    pairs: Annotated[int, Field(gt=0)] | Literal["all"] | None = Field(
+        default=None, description="unordered pairs of a group that a scorer of pairs compares; None: it does not say"
+    )

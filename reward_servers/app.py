@@ -87,7 +87,7 @@ class Service:
             offers_gradients=scorer.declares.gradients, accepts=scorer.declares.accepts,
             max_images=settings.images_per_request, max_pixels=settings.max_pixels,
             max_body_bytes=settings.max_body_bytes, paper=scorer.paper, weight_digest=scorer.weight_digest,
-            whole_group=scorer.declares.needs_group,
+            whole_group=scorer.declares.needs_group, pairs=scorer.pairs_asked,
         )  # fmt: skip
 
     def authorise(self, request: Request) -> None:

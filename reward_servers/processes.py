@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from contracts import stacks
 from contracts.errors import ConfigError, ScoringError
@@ -62,6 +63,7 @@ class ProcessScorer(Scorer):
         plain = make_scorer(name, options)  # never loaded: what it declares, and every mistake in its options
         _check(plain, processes)
         self.declares = plain.declares  # type: ignore[misc]
+        self._pairs_asked = plain.pairs_asked
         self.name = plain.name
         self._what, self._processes = (name, tuple(options)), processes
         self._children: list[_Child] = []
@@ -73,6 +75,10 @@ class ProcessScorer(Scorer):
             self.version, self.weight_digest, self.paper = found.version, found.weight_digest, found.paper
             self.higher_is_better, self.value_range = found.higher_is_better, found.value_range
             self._canary = found.canary
+
+    @property
+    def pairs_asked(self) -> int | Literal["all"] | None:
+        return self._pairs_asked
 
     def canary(self) -> ScoreBatch:
         return super().canary() if self._canary is None else self._canary

@@ -183,14 +183,32 @@ def check_names(config: RunConfig) -> Iterator[ConfigError]:
             )
 
 
-async def ask_servers(config: RunConfig) -> list[ConfigError]:
+@dataclass(frozen=True)
+class Asked:
+    """What reward servers said. errors: in which they are otherwise than the configuration expects, or say nothing;
+    infos: by name of the run's scorers (judges of trainers left out)."""
+
+    errors: list[ConfigError]
+    infos: dict[str, ScorerInfo]
+
+
+async def ask_servers(config: RunConfig) -> Asked:
     """Ask every reward server given by URL alone what it is, and compare. Takes at most ASK_TIMEOUT_S."""
+    chosen = [each for each in reached(config) if not each.scorer.deployments]
     async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, follow_redirects=False) as client:
-        answers = [_ask(client, config, each) for each in reached(config) if not each.scorer.deployments]
-        return [error for errors in await asyncio.gather(*answers) for error in errors]
+        answers = await asyncio.gather(*(_ask(client, config, each) for each in chosen))
+    infos = {
+        each.scorer.name: found[0]
+        for each, (_, found) in zip(chosen, answers, strict=True)
+        if found and each.trainer is None
+    }
+    return Asked([error for errors, _ in answers for error in errors], infos)
 
 
-async def _ask(client: httpx.AsyncClient, config: RunConfig, asked: Reached) -> list[ConfigError]:
+async def _ask(
+    client: httpx.AsyncClient, config: RunConfig, asked: Reached
+) -> tuple[list[ConfigError], list[ScorerInfo]]:
+    """(errors, what each of its servers that answered said)."""
     scorer = asked.scorer
     token = os.environ.get(scorer.token_env, "")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -211,7 +229,7 @@ async def _ask(client: httpx.AsyncClient, config: RunConfig, asked: Reached) -> 
             )
         except ValidationError:
             errors.append(ConfigError(where, f"{url} is no reward server: /v1/info holds something else"))
-    return errors + list(_compare(config, asked, infos))
+    return errors + list(_compare(config, asked, infos)), infos
 
 
 def _refused(where: str, url: str, scorer: ScorerConfig, status: int) -> ConfigError:
@@ -232,7 +250,7 @@ def _compare(config: RunConfig, asked: Reached, infos: Sequence[ScorerInfo]) -> 
         if scorer.max_batch > info.max_images:
             yield ConfigError(f"{where}.max_batch", f"{scorer.name} takes at most {info.max_images} images a request",
                               f"use {info.max_images} or less")  # fmt: skip
-        gives = ScorerGives(kind=info.kind, columns=info.columns, gradients=info.offers_gradients, accepts=info.accepts)
+        gives = gives_of(info)
         if asked.trainer is not None:
             yield from _labels(asked, gives)
             return
@@ -240,6 +258,14 @@ def _compare(config: RunConfig, asked: Reached, infos: Sequence[ScorerInfo]) -> 
         alone = {name: gives if name == scorer.name else None for name in (s.name for s in config.scorers)}
         declared = Declared(None, None, None, alone)
         yield from _judging_of(config, declared, scorer.name)
+
+
+def gives_of(info: ScorerInfo) -> ScorerGives:
+    """The declaration of a scorer that says itself what it is."""
+    return ScorerGives(
+        kind=info.kind, columns=info.columns, gradients=info.offers_gradients, accepts=info.accepts,
+        whole_group=info.whole_group,
+    )  # fmt: skip
 
 
 def _labels(judge: Reached, gives: ScorerGives) -> Iterator[ConfigError]:

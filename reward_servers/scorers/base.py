@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 
@@ -90,6 +90,12 @@ class Scorer(ABC):
     overlaps: ClassVar[bool] = False  # its next call may begin, in another thread, while one is being answered
     meter: Meter = staticmethod(no_meter)
     """Counts into the server's /metrics: `self.meter("salon_judge_tokens_total", 12, direction="read")`."""
+
+    @property
+    def pairs_asked(self) -> int | Literal["all"] | None:
+        """Of a scorer of pairs: how many unordered pairs of a group it compares. None: it compares none, or does not
+        say."""
+        return None
 
     def load(self) -> None:  # noqa: B027  (most scorers have nothing to load)
         """Load weights. Called once, before the first score; whatever it raises ends the server with that message."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,10 @@ class JudgePairs(PairwiseScorer, JudgeScorer[JudgePairsOptions]):
     value_range = (0.0, 1.0)
     protocol: Pairwise
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.pairs = self.options.pairs
+
     def make_protocol(self) -> Pairwise:
         return Pairwise(self.options.answer, self.options.max_tokens)
 
@@ -38,7 +43,6 @@ class JudgePairs(PairwiseScorer, JudgeScorer[JudgePairsOptions]):
         return PairwiseScorer.canary(self)
 
     def score(self, batch: ScoreBatch) -> ScoreTable:
-        self.pairs = self.options.pairs
         self._rows: dict[tuple[int, int], Row] = {}
         table = PairwiseScorer.score(self, batch)
         outcomes, reasons = table.outcomes.copy(), list(table.reasons)

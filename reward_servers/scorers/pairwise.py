@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +28,10 @@ class PairwiseScorer(Scorer):
     """
 
     pairs: int | None = None
+
+    @property
+    def pairs_asked(self) -> int | Literal["all"]:
+        return "all" if self.pairs is None else self.pairs
 
     @abstractmethod
     def compare(self, batch: ScoreBatch, ordered: Sequence[tuple[int, int]]) -> np.ndarray:

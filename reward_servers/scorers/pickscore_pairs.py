@@ -6,11 +6,11 @@ P(i better than j) = sigmoid(s_i - s_j), one forward an image however many pairs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from contracts.config.scorers import PickScorePairsOptions
-from contracts.scores import ScoreTable
 from reward_servers.scorers.base import ScoreBatch, declared
 from reward_servers.scorers.pairwise import PairwiseScorer
 from reward_servers.scorers.pickscore import PickScoreModel
@@ -23,9 +23,9 @@ class PickScorePairs(PairwiseScorer, PickScoreModel[PickScorePairsOptions]):
     name = "pickscore_pairs"
     value_range = (0.0, 1.0)
 
-    def score(self, batch: ScoreBatch) -> ScoreTable:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.pairs = self.options.pairs
-        return PairwiseScorer.score(self, batch)
 
     def compare(self, batch: ScoreBatch, ordered: Sequence[tuple[int, int]]) -> np.ndarray:
         scores = PickScoreModel.score(self, batch).values[:, 0].astype(np.float64)

@@ -11,11 +11,14 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster import plan, validate
 from cluster.checks import machines
+from cluster.cli import main
+from contracts.config import to_yaml
 from contracts.config.load import config_from_tree, load_config
 from contracts.config.run import RunConfig
 from contracts.errors import ConfigError, ConfigErrors
@@ -155,7 +158,7 @@ def info(**fields: Any) -> ScorerInfo:
 
 def ask(model: Path, *urls: str, **fields: Any) -> list[ConfigError]:
     config = make_run(model, scorers=[{"name": "s", "urls": urls, **fields}])
-    return asyncio.run(validate.check_scorers_live(config))
+    return asyncio.run(validate.check_scorers_live(config)).errors
 
 
 def test_running_servers_are_asked_what_they_are(tiny_model_folder: Path, serve: Any) -> None:
@@ -180,7 +183,7 @@ def judged_by(model: Path, *urls: str, **fields: Any) -> RunConfig:
 def test_the_judge_of_an_online_scorer_is_asked_what_it_is(tiny_model_folder: Path, serve: Any) -> None:
     def said(*urls: str, **fields: Any) -> list[str]:
         config = judged_by(tiny_model_folder, *urls, **fields)
-        return [str(error) for error in asyncio.run(validate.check_scorers_live(config))]
+        return [str(error) for error in asyncio.run(validate.check_scorers_live(config)).errors]
 
     url = serve(info())
     assert said(url) == said(url, column="score") == []
@@ -232,6 +235,43 @@ def test_the_plan_counts_what_a_step_takes(tiny_model_folder: Path) -> None:
     text = plan.describe(config, validate.warnings(config))
     assert "flow_sde in 5 steps" in text
     assert "max_staleness=0" in text
+
+
+def asked_pairs(made: plan.RunPlan, text: str) -> tuple[int | None, int | None, list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith(("  reward calls", "  comparisons"))]
+    return made.reward_requests["s"], made.comparisons.get("s", -1), [" ".join(line.split()) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("said", "calls", "comparisons", "told"),
+    [
+        ({"kind": "pair", "whole_group": True, "pairs": "all"}, 2, 2 * 4 * 3, "s 24"),
+        ({"kind": "pair", "whole_group": True, "pairs": 2}, 2, 2 * 2 * 2, "s 8"),
+        ({"kind": "pair", "whole_group": True}, 2, None, "s unknown, as its server does not say"),
+        ({"whole_group": True}, 2, -1, None),
+        ({}, 4, -1, None),
+        (None, None, None, "s unknown until the server is asked"),
+    ],
+    ids=["all pairs", "two pairs", "pairs, not how many", "whole groups", "single images", "not asked"],
+)  # fmt: skip
+def test_the_plan_says_how_often_a_scorer_behind_a_url_is_asked_if_it_can(
+    said: dict[str, Any] | None, calls: int | None, comparisons: int | None, told: str | None, serve: Any,
+    tiny_model_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Two groups of four a step; of single images three go into a request. The plan as `validate` prints it."""
+    scorer = {"name": "s", "urls": [serve(info(**(said or {})))], "max_batch": 3, "held_out": True}
+    judge = {"name": "judge", "serve": "jpeg_size"}  # accuracy is not read from pairs
+    config = make_run(tiny_model_folder, scorers=[scorer, judge], eval={"scorer": "judge"})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    arguments = ["validate", str(tmp_path / "run.yaml"), *([] if said is not None else ["--offline"])]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    infos = {} if said is None else {"s": info(**said)}
+    requests, compared, lines = asked_pairs(plan.make_plan(config, infos), result.output)
+    assert (requests, compared) == (calls, comparisons)
+    asked = "unknown until the server is asked" if calls is None else calls
+    assert lines[0] == f"reward calls s {asked}, judge 2"
+    assert lines[1:] == ([] if told is None else [f"comparisons {told} (both orders)"])
 
 
 def test_the_plan_knows_the_models_size_from_its_headers(tiny_model_folder: Path) -> None:

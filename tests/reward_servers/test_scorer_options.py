@@ -69,4 +69,4 @@ def test_the_plan_says_how_many_comparisons_a_step_costs(config: RunConfig) -> N
     for pairs, number in ((None, 56), (10, 20)):
         options = {} if pairs is None else {"pairs": pairs}
         paired = with_scorer(config, "pickscore_pairs", **options)
-        assert _comparisons(paired, look_up(paired), groups=3, size=8) == {"juror": 3 * number}
+        assert _comparisons(paired, look_up(paired), {}, groups=3, size=8) == {"juror": 3 * number}

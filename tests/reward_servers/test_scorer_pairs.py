@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reward_helpers import pictures
+from reward_helpers import pictures, served
 from scorer_models import ask
 
 from contracts.declarations import ScorerGives
-from contracts.scores import Outcome
+from contracts.scores import Outcome, ScorerInfo
 from reward_servers.isolation import score_isolated
 from reward_servers.scorers.base import ScoreBatch
 from reward_servers.scorers.pairwise import PairwiseScorer, bradley_terry, choose_pairs
@@ -145,3 +146,11 @@ def test_the_fit_is_the_maximum_of_its_likelihood() -> None:
     islands[0, 1] = islands[1, 0] = islands[2, 3] = islands[3, 2] = 0.5
     assert np.isnan(bradley_terry(islands)[0][0, 2:]).all()
     assert bradley_terry(islands)[0][0, 1] == 0.5
+
+
+@pytest.mark.parametrize(("pairs", "told"), [(None, "all"), (3, 3)])
+def test_a_server_tells_how_many_pairs_it_asks(pairs: int | None, told: int | str) -> None:
+    """So that a run's plan can say what a step costs."""
+    with served(Referee(pairs=pairs)) as server:
+        info = ScorerInfo.model_validate_json(httpx.get(f"{server.url}/v1/info").content)
+    assert (info.kind, info.whole_group, info.pairs) == ("pair", True, told)

@@ -148,7 +148,7 @@ def test_one_scorer_goes_from_1_to_3_replicas_and_back_and_neither_another_nor_a
     from cluster.driver import worker_environment
 
     config = config_of(tmp_path)
-    assert check_deployed(config) == []
+    assert check_deployed(config).errors == []
     controller = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)}).remote(
         config, Parts(**STAND_INS)
     )
@@ -245,8 +245,8 @@ def judged_by(*names: str) -> RunConfig:
 
 
 def test_the_judge_of_an_online_scorer_is_found_by_its_name(serve: dict[str, str]) -> None:
-    assert check_deployed(judged_by("steady")) == []
-    (problem,) = join_and_check(judged_by("broken"))
+    assert check_deployed(judged_by("steady")).errors == []
+    (problem,) = join_and_check(judged_by("broken")).errors
     assert "online.0.judge.urls: no scorer is deployed as 'broken'; there is slow, steady" in str(problem)
     judge = with_judge(judged_by("steady", "http://127.0.0.1:1").online[0]).judge_config
     assert judge is not None
