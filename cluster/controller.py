@@ -43,7 +43,7 @@ from cluster.learner_group import LearnerGroup
 from cluster.learner_loop import LearnerLoop
 from cluster.ledger import Ledger
 from cluster.lock import LockLost, RunLock
-from cluster.observed import Finder, export_observed
+from cluster.observed import Finder, JuryRecord, export_observed
 from cluster.online import OnlineModels
 from cluster.processes import stacks_folder
 from cluster.refs import all_or_none, root_cause, value
@@ -150,6 +150,7 @@ class Controller:
         )
         self.hang_watch = asyncio.create_task(HangWatch(self.context, {**vaults, "dispatcher": self.dispatcher}).run())
         self.scoring = ScoringLoop(self.context, self.dispatcher)
+        self.jury_record = JuryRecord(self.context, self.dispatcher)
         self.rollout = RolloutLoop(self.context, self.fleet, self.scoring.submit)
         self.learner = LearnerLoop(self.context, self.ranks, self.fleet, checkpoint)
         await self.learner.publish()
@@ -237,6 +238,7 @@ class Controller:
             await self._save_last()
         if context.failure is not None:
             raise context.failure
+        await self.jury_record.note()  # a short run has never been observed
         if not self.stop_requested:
             context.ledger.discard_alive(DiscardReason.RUN_END)
 
@@ -264,6 +266,7 @@ class Controller:
         found = await self.finder.find(self.context, self._handles(), self.ranks.scorers)
         await export_observed(self.context, self.dispatcher, [*found, *self.server_processes])
         await self.online.export(self.context)
+        await self.jury_record.note()
 
     def _handles(self) -> dict[str, Any]:
         """Every actor of the run but this one, by the name of its process."""

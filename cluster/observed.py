@@ -1,6 +1,7 @@
 """Series that nobody reports unasked: the dispatcher's counters, bytes in vaults, memory and address of processes.
 
-Asked for every few seconds, beside the run; an answer that does not come in time is left out until the next round.
+Asked for every few seconds, beside the run; an answer that does not come in time is left out until the next round. Also
+what scorers say of themselves, for the manifest.
 Does not own: series reported where things happen (the loops), the catalogue (contracts/metrics.py).
 """
 
@@ -20,8 +21,11 @@ from cluster.processes import describe_process
 from cluster.telemetry.targets import TargetFile, reachable
 from contracts.config import RunConfig
 from contracts.config.scoring import ScorerConfig
+from contracts.scores import ScorerInfo
 
 ANSWER_S = 2.0
+INFO_S = 1.5
+"""Of a reward server, within the dispatcher's."""
 
 
 async def export_observed(context: RunContext, dispatcher: Any, processes: Sequence[Mapping[str, Any]]) -> None:
@@ -33,6 +37,36 @@ async def export_observed(context: RunContext, dispatcher: Any, processes: Seque
         _export_clients(context, stats)
     _export_vaults(context, [each for each in held if each is not None])
     _export_memory(context, processes)
+
+
+class JuryRecord:
+    """Keeps in manifest.json what each scorer says of itself: version, range, direction, digest of its weights.
+
+    Asked until every scorer has answered, and again when the run has seen a score of another version.
+    """
+
+    def __init__(self, context: RunContext, dispatcher: Any) -> None:
+        self._context, self._dispatcher = context, dispatcher
+        self._seen: dict[str, str] | None = None  # versions of scores when all of them had last answered
+
+    async def note(self) -> None:
+        """Bring the manifest up to date, if there is reason to."""
+        seen = dict(self._context.scorer_versions)
+        if seen == self._seen:
+            return
+        infos = await _answer(self._dispatcher.infos.remote(INFO_S))
+        if not infos:
+            return
+        self._context.folder.update_manifest(scorers={name: _recorded(info) for name, info in infos.items()})
+        if infos.keys() == {scorer.name for scorer in self._context.config.scorers}:
+            self._seen = seen
+
+
+def _recorded(info: ScorerInfo) -> dict[str, Any]:
+    return {
+        "version": info.version, "value_range": list(info.value_range), "higher_is_better": info.higher_is_better,
+        "weight_digest": info.weight_digest,
+    }  # fmt: skip
 
 
 class Finder:

@@ -22,7 +22,7 @@ from contracts import registry
 from contracts.config.scoring import RewardConfig, ScorerConfig
 from contracts.declarations import ScorerGives
 from contracts.previews import Previews, by_scorer
-from contracts.scores import Outcome, ScoreTable, failed_table
+from contracts.scores import Outcome, ScorerInfo, ScoreTable, failed_table
 from contracts.spans import wall_clock
 from contracts.wire import GroupHeader, PromptSpec, Span
 
@@ -35,6 +35,8 @@ class Judge(Protocol):
 
     @property
     def reads(self) -> Literal["images", "latents"] | None: ...
+
+    async def info(self, deadline_s: float | None = None, *, fresh: bool = False) -> ScorerInfo: ...
 
     async def score(
         self,
@@ -142,6 +144,12 @@ class Jury:
         """Whether some scorer judges previews, which every painting then has."""
         return any(scorer.previews is not None for scorer in self.scorers.values())
 
+    async def infos(self, deadline_s: float) -> dict[str, ScorerInfo]:
+        """What each scorer says of itself now; one that does not answer in time is left out."""
+        asked = [judge.info(deadline_s, fresh=True) for judge in self.judges.values()]
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        return {name: each for name, each in zip(self.judges, said, strict=True) if isinstance(each, ScorerInfo)}
+
     async def aclose(self) -> None:
         for judge in self.judges.values():
             await judge.aclose()
@@ -204,6 +212,10 @@ class Dispatcher:
         """Tables of images of an evaluation, one prompt an image."""
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         return await self.jury.score(images, texts, metadata, names)
+
+    async def infos(self, deadline_s: float) -> dict[str, ScorerInfo]:
+        """As Jury.infos."""
+        return await self.jury.infos(deadline_s)
 
     async def stats(self) -> dict[str, Any]:
         """What each client counted: requests, retries, breaker state."""

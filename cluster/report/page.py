@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,11 +197,22 @@ def provenance(view: RunView) -> dict[str, str]:
     }
     shown = ("name", "seed", "salon", "commit", "uncommitted_changes", "python", "platform")
     for key, value in manifest.items():
-        if key not in shown:
+        if key == "scorers":
+            facts[key] = "; ".join(f"{name} {_of_scorer(said)}" for name, said in value.items())
+        elif key not in shown:
             facts[key.replace("_", " ")] = (
                 ", ".join(f"{name} {what}" for name, what in value.items()) if isinstance(value, dict) else str(value)
             )
     return facts
+
+
+def _of_scorer(said: Mapping[str, Any]) -> str:
+    """What a scorer said of itself, in words."""
+    low, high = ("∞" if end is None else f"{end:g}" for end in said["value_range"])
+    span = f"{'-∞' if low == '∞' else low} to {high}"
+    better = "higher is better" if said["higher_is_better"] else "lower is better"
+    weights = f", weights {said['weight_digest']}" if said["weight_digest"] else ", no weights"
+    return f"{said['version']} ({span}, {better}{weights})"
 
 
 def config_differences(views: Sequence[RunView]) -> dict[str, list[str]]:

@@ -97,8 +97,12 @@ class RewardClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def info(self, deadline_s: float | None = None) -> ScorerInfo:
-        """What the server says of itself; asked once. Raises ScoringError when it cannot be had in time."""
+    async def info(self, deadline_s: float | None = None, *, fresh: bool = False) -> ScorerInfo:
+        """What the server says of itself; asked once, or again if `fresh`.
+
+        Raises ScoringError when it cannot be had in time.
+        """
+        self._info_stale = self._info_stale or fresh
         wait_s = deadline_s or self.config.timeout_s
         try:
             async with asyncio.timeout(wait_s):

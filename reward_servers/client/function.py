@@ -53,7 +53,7 @@ class FunctionScorer:
     async def aclose(self) -> None:
         """Nothing to close."""
 
-    async def info(self, deadline_s: float | None = None) -> ScorerInfo:
+    async def info(self, deadline_s: float | None = None, *, fresh: bool = False) -> ScorerInfo:
         """As of a server; columns are those of the weights, or of the last answer."""
         return ScorerInfo(
             name=self.config.name, version="function", kind="point", columns=self._columns,

@@ -12,10 +12,13 @@ from PIL import Image
 
 from cluster.ledger_cli import list_groups, show_group
 from cluster.repaint import repaint
+from cluster.report.page import provenance
 from cluster.report.samples import read_samples, same_images
+from cluster.report.view import read_run
 from cluster.run_folder import RunFolder
 from cluster.status import take_status
 from contracts.config import RunConfig
+from reward_servers.scorers.colourfulness import Colourfulness
 from tests.cluster.whole_run import folder_of, shared_ray
 from tests.laws.run_kit import run_on_cluster, tiny_config
 
@@ -71,6 +74,17 @@ def test_before_and_after_are_the_same_prompts_and_seeds(run: RunFolder) -> None
     assert [len(each.samples) for each in sets] == [3, 3]
     assert len(same_images(sets)) == 3
     assert all(sample.scores.keys() == {"colour/colourfulness"} for each in sets for sample in each.samples)
+
+
+def test_the_run_records_what_its_scorers_say_of_themselves(run: RunFolder) -> None:
+    (name, said), *others = json.loads(run.manifest.read_text())["scorers"].items()
+    scorer = Colourfulness()
+    assert (name, others) == ("colour", [])
+    assert said == {
+        "version": scorer.version, "value_range": list(scorer.value_range),
+        "higher_is_better": scorer.higher_is_better, "weight_digest": scorer.weight_digest,
+    }  # fmt: skip
+    assert f"colour {scorer.version} (" in provenance(read_run(run))["scorers"]
 
 
 def test_the_report_was_written_when_it_ended(run: RunFolder) -> None:
