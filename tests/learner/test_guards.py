@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.config.guards import CustomGuard, GuardConfig, HeldOutDivergenceConfig, LimitConfig
@@ -187,6 +187,7 @@ values = st.one_of(st.none(), st.just(NAN), st.floats(-10, 10))
 stories = st.lists(st.tuples(values, values, values), max_size=30)
 
 
+@settings(deadline=None)
 @given(stories, st.integers(0, 30))
 def test_a_state_through_json_goes_on_as_the_uninterrupted_guards(story: Any, cut: int) -> None:
     rows = [
@@ -201,6 +202,15 @@ def test_a_state_through_json_goes_on_as_the_uninterrupted_guards(story: Any, cu
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert said + [second.see(row) for row in rows[cut:]] == expected
     assert second.state_dict() == whole.state_dict()
+
+
+def test_a_window_half_full_goes_on_through_json() -> None:
+    line = [float(step) for step in range(8)]
+    rows = scored(line, [-value for value in line])
+    first, second = divergence(), divergence()
+    assert acts_at(first, rows[:5]) == []
+    second.restore(json.loads(json.dumps(first.state())))
+    assert acts_at(second, rows[5:]) == [3]
 
 
 def test_nothing_known_begins_anew_and_a_state_of_other_settings_is_read_with_these() -> None:
