@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from contracts.config.base import Section
 
@@ -95,7 +95,17 @@ class UnifiedRewardOptions(JudgeOptions):
     max_tokens: int = Field(default=512, gt=0, description="longest answer")
 
 
-class RationalRewardsOptions(JudgeOptions):
+class FormOptions(JudgeOptions):
+    """Of scorers whose judge fills in a form: JSON by a schema."""
+
+    max_text: int | None = Field(
+        default=None, gt=0,
+        description="most characters of each free text of the form (maxLength, which vLLM knows and OpenAI does not), "
+        "for judges that run on until they are cut off; null: no bound",
+    )  # fmt: skip
+
+
+class RationalRewardsOptions(FormOptions):
     """RationalRewards, or any judge that can fill in a form."""
 
     form: Literal["structured", "published"] = Field(
@@ -103,7 +113,17 @@ class RationalRewardsOptions(JudgeOptions):
     )
     temperature: float = Field(default=0.1, ge=0, description="sampling temperature")
     max_tokens: int = Field(default=2048, gt=0, description="longest answer")
-    samples: int = Field(default=1, gt=0, description="answers drawn of one image; their mean counts")
+    samples: int = Field(default=1, gt=0, description="answers drawn of one image")
+    vote: Literal["mean", "majority"] = Field(
+        default="mean",
+        description="of `samples`: mean of those that decided, or the reward that more than half gave, else undecided",
+    )
+
+    @model_validator(mode="after")
+    def _a_vote_has_voters(self) -> RationalRewardsOptions:
+        if self.vote == "majority" and (self.samples < 3 or self.temperature == 0):
+            raise ValueError("vote: majority wants samples of 3 or more that differ: set samples and a temperature")
+        return self
 
     @property
     def says_how_sure(self) -> bool:
@@ -133,14 +153,43 @@ class PacoConsistencyOptions(JudgeOptions):
     )
 
 
-class ChecklistOptions(JudgeOptions):
+class ChecklistOptions(FormOptions):
     """A checklist drawn up from the prompt, then ticked off on the image."""
 
     max_items: int = Field(default=8, gt=0, le=32, description="most items of a checklist")
     max_tokens: int = Field(default=1024, gt=0, description="longest checklist")
 
 
-class RegionJudgeOptions(JudgeOptions):
+class ChecklistGroupOptions(ChecklistOptions):
+    """A checklist whose items weigh by how few of the group pass them (VeRPO)."""
+
+    full_pass: float = Field(
+        default=0.2, ge=0, le=1, description="share of the dense reward that only an image that passes all items gets"
+    )
+
+
+class ChoiceOptions(JudgeOptions):
+    """The multiple-choice question in a prompt's metadata, its options shuffled."""
+
+    shuffles: int = Field(
+        default=2, ge=1, le=10, description="cyclic orders of the options asked, at most as many as there are options"
+    )
+    reward: Literal["acre", "georeason"] = Field(
+        default="acre",
+        description="acre: 1 if right in both orders, `partial` in one; georeason: right in the order given, times the "
+        "share of the most frequent answer where that is below `threshold`",
+    )
+    partial: float = Field(default=0.5, ge=0, le=1, description="acre: right in one of both orders")
+    threshold: float = Field(default=1.0, gt=0, le=1, description="georeason: share at which an answer is stable")
+
+    @model_validator(mode="after")
+    def _acre_compares_two(self) -> ChoiceOptions:
+        if self.reward == "acre" and self.shuffles != 2:
+            raise ValueError("reward: acre compares two orders; set shuffles: 2, or reward: georeason")
+        return self
+
+
+class RegionJudgeOptions(FormOptions):
     """Boxes with scores, as a map over the image."""
 
     grid: tuple[int, int] = Field(default=(32, 32), description="height and width of the map")
@@ -149,7 +198,7 @@ class RegionJudgeOptions(JudgeOptions):
     max_tokens: int = Field(default=1024, gt=0, description="longest answer")
 
 
-class ListwiseOptions(JudgeOptions):
+class ListwiseOptions(FormOptions):
     """All images of a group at once, by a principle in words."""
 
     principle: str = Field(
@@ -169,6 +218,8 @@ JUDGE_SCORER_OPTIONS: dict[str, type[JudgeOptions]] = {
     "judge_pairs": JudgePairsOptions,
     "paco_consistency": PacoConsistencyOptions,
     "judge_checklist": ChecklistOptions,
+    "judge_checklist_group": ChecklistGroupOptions,
+    "judge_choice": ChoiceOptions,
     "judge_regions": RegionJudgeOptions,
     "judge_listwise": ListwiseOptions,
 }

@@ -12,7 +12,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -49,6 +49,8 @@ class JudgeScorer(Scorer, Generic[O]):
     """
 
     options: O
+    settles: ClassVar[tuple[str, ...]] = ()
+    """Options that make another value of the same answers: part of the version beside the protocol's own settings."""
 
     def __init__(self, **options: Any) -> None:
         self.options = cast(O, JUDGE_SCORER_OPTIONS[self.name].model_validate(options))
@@ -62,12 +64,18 @@ class JudgeScorer(Scorer, Generic[O]):
 
     def load(self) -> None:
         """Ask every server for its models. Raises ScoringError or ConfigError."""
-        self.version = f"{self.protocol.version}-{self.protocol.fingerprint(self.options.model)}"
+        self.version = f"{self.protocol.version}-{self.fingerprint()}"
         self._judge = Judge(self.options, self.count)
         try:
             self.wait(self._judge.check(self.options.timeout_s))
         except AttemptFailed as error:
             raise ScoringError(f"the judge cannot be asked: {error.reason}") from error
+
+    def fingerprint(self) -> str:
+        """Eight digits for what a value depends on: model, protocol, its settings, and those in `settles`."""
+        settled = ",".join(f"{name}={getattr(self.options, name)!r}" for name in self.settles)
+        model = self.options.model
+        return self.protocol.fingerprint(f"{model}|{settled}" if settled else model)
 
     @property
     def judge(self) -> Judge:

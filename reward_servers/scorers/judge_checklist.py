@@ -1,4 +1,4 @@
-"""A checklist drawn up from the prompt, ticked off on the image by a judge (FIRM plan-then-score, VeRPO).
+"""A checklist drawn up from the prompt, ticked off on the image by a judge (FIRM plan-then-score).
 
 Does not own: plan and items (judging.protocols.checklist), products with other rewards (learner's base_and_bonus).
 """
@@ -24,9 +24,8 @@ class JudgeChecklist(PointJudgeScorer[ChecklistOptions]):
     protocol: Checklist
 
     def make_protocol(self) -> Checklist:
-        return Checklist(self.options.max_items, self.options.max_tokens)
+        return Checklist(self.options.max_items, self.options.max_tokens, self.options.max_text)
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
         checked = await self.protocol.ask(self.judge, prompt, picture)
-        failed = [item for item, passed in zip(checked.items, checked.passes, strict=True) if not passed]
-        return Row((checked.value, float(not failed)), reason="; ".join(failed)[:1000])
+        return Row((checked.value, float(not checked.failed)), reason="; ".join(checked.failed)[:1000])

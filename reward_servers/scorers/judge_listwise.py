@@ -26,7 +26,7 @@ class JudgeListwise(JudgeScorer[ListwiseOptions]):
 
     def make_protocol(self) -> Listwise:
         options = self.options
-        return Listwise(options.principle, options.shuffles, options.reward, options.max_tokens)
+        return Listwise(options.principle, options.shuffles, options.reward, options.max_tokens, options.max_text)
 
     def canary(self) -> ScoreBatch:
         images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (64, 192)])

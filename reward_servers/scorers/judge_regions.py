@@ -27,7 +27,7 @@ class JudgeRegions(JudgeScorer[RegionJudgeOptions]):
     protocol: Boxes
 
     def make_protocol(self) -> Boxes:
-        return Boxes(self.options.thousandths, self.options.max_tokens)
+        return Boxes(self.options.thousandths, self.options.max_tokens, self.options.max_text)
 
     def score(self, batch: ScoreBatch) -> ScoreTable:
         rows = self.wait(self._all(batch))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from contracts.config.judges import RationalRewardsOptions
+from reward_servers.judging.protocols.agreement import majority
 from reward_servers.judging.protocols.aspects import Aspects, AspectScores
 from reward_servers.judging.question import Picture, Undecided
 from reward_servers.judging.scorer import PointJudgeScorer, Row
@@ -19,22 +20,28 @@ from reward_servers.scorers.base import declared
 
 class RationalRewards(PointJudgeScorer[RationalRewardsOptions]):
     """reward in [0,1]; with several samples their mean over those that decided (more than half must), and their
-    standard deviation as uncertainty."""
+    standard deviation as uncertainty; with `vote: majority` the reward that more than half of them gave."""
 
     declares = declared("rationalrewards")
     name = "rationalrewards"
     paper = Aspects.paper
     value_range = (0.0, 1.0)
     protocol: Aspects
+    settles = ("samples", "vote")
 
     def make_protocol(self) -> Aspects:
-        return Aspects(self.options.form, self.options.temperature, self.options.max_tokens)
+        return Aspects(self.options.form, self.options.temperature, self.options.max_tokens, self.options.max_text)
 
     async def verdict(self, picture: Picture, prompt: str, metadata: dict[str, Any]) -> Row:
-        protocol, samples = self.protocol, self.options.samples
-        drawn = await asyncio.gather(
-            *(protocol.ask(self.judge, prompt, picture, i) for i in range(samples)), return_exceptions=True
-        )
+        samples = self.options.samples
+
+        async def draw(sample: int) -> AspectScores:
+            return await self.protocol.ask(self.judge, prompt, picture, sample)
+
+        if self.options.vote == "majority":
+            voted = await majority(draw, samples, key=lambda scores: round(scores.reward, 6))
+            return Row((voted.reward,), reason=critique(voted))
+        drawn = await asyncio.gather(*(draw(i) for i in range(samples)), return_exceptions=True)
         decided = [scores for scores in drawn if isinstance(scores, AspectScores)]
         if 2 * len(decided) <= samples:
             raise next((e for e in drawn if isinstance(e, BaseException)), Undecided("no sample"))

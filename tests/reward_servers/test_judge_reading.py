@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_servers.judging.protocols.agreement import acre_reward, agreement, georeason_reward
+from reward_servers.judging.protocols.agreement import acre_reward, flip_rate, georeason_reward, share
 from reward_servers.judging.protocols.aspects import ASPECTS, from_form, from_text
+from reward_servers.judging.protocols.base import bounded
 from reward_servers.judging.protocols.boxes import Box, Regions, read_regions
 from reward_servers.judging.protocols.checklist import (
-    consistency_modulated,
     difficulty_weighted,
-    quality_modulated,
     read_plan,
 )
 from reward_servers.judging.protocols.listwise import read_listing
@@ -252,11 +251,6 @@ def test_boxes_are_cut_to_the_image_and_what_is_malformed_is_undecided() -> None
             read_regions(answer, (8, 8))
 
 
-def test_firm_products_pay_no_bonus_without_the_base() -> None:
-    assert [quality_modulated(*pair) for pair in ((0, 1), (1, 1), (1, 0))] == pytest.approx([0.0, 1.0, 0.4])
-    assert [consistency_modulated(*pair) for pair in ((0, 1), (1, 1), (1, 0))] == pytest.approx([0.0, 1.0, 0.6])
-
-
 def test_verpo_weighs_items_by_how_few_pass_them() -> None:
     passes = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 1], [1, 0, 0]])
     reward = difficulty_weighted(passes, full_pass=0.0)
@@ -272,12 +266,27 @@ def test_verpo_weighs_items_by_how_few_pass_them() -> None:
 
 
 def test_agreement_and_its_rewards() -> None:
-    same = agreement(["cat", "cat", "dog"])
-    assert (same.answer, same.share, same.flip_rate) == ("cat", 2 / 3, 0.5)
-    with pytest.raises(Undecided, match="equally often"):
-        agreement(["cat", "dog"])
+    assert (share(["cat", "cat", "dog"]), flip_rate(["cat", "cat", "dog"])) == (2 / 3, 0.5)
+    assert (share(["cat"]), flip_rate(["cat"])) == (1.0, 0.0)
     assert [acre_reward(a, b, 1) for a, b in ((1, 1), (1, 2), (2, 2))] == [1.0, 0.5, 0.0]
     assert [georeason_reward(*pair) for pair in ((True, 1.0), (True, 0.5), (False, 1.0))] == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("options", [2, 4])
+def test_a_random_judge_agrees_with_itself_once_in_every_number_of_options(options: int) -> None:
+    answers = np.random.default_rng(0).integers(0, options, (200, 2000)).tolist()
+    assert np.mean([share(given) for given in answers]) == pytest.approx(1 / options, abs=0.03)
+    pairs = np.random.default_rng(1).integers(0, options, (20_000, 2)).tolist()
+    assert np.mean([acre_reward(a, b, 0) for a, b in pairs]) == pytest.approx(1 / options, abs=0.01)
+    assert np.mean([georeason_reward(a == 0, 1.0) for a, _ in pairs]) == pytest.approx(1 / options, abs=0.01)
+
+
+def test_texts_of_a_form_are_bounded_and_nothing_else() -> None:
+    names = {"type": "string", "enum": ["A"]}
+    form = {"type": "object", "properties": {"why": {"type": "string"}, "rank": {"items": names}, "n": {"const": "x"}}}
+    properties = {"why": {"type": "string", "maxLength": 9}, "rank": {"items": names}, "n": {"const": "x"}}
+    assert bounded(form, 9) == {**form, "properties": properties}
+    assert bounded(form, None) is form
 
 
 def test_log_probs_under_a_schema_are_refused() -> None:

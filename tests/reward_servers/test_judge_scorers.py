@@ -195,7 +195,7 @@ def test_every_scorer_that_asks_a_judge_is_in_the_registry_with_its_options() ->
         assert issubclass(cls, JudgeScorer)
         (entry,) = (entry for entry in entries("scorer") if entry.name == name)
         assert (cls.name, cls.declares, cls.paper) == (name, entry.declares, entry.paper)
-    versions = {scorer_of(name, "http://127.0.0.1:9").protocol.fingerprint("m") for name in names}
+    versions = {scorer_of(name, "http://127.0.0.1:9").fingerprint() for name in names}
     assert len(versions) == len(names)
 
 

@@ -1,7 +1,7 @@
 """Does the judge stay with its answer: options shuffled (ACRE, GeoReason), or drawn several times (majority).
 
 A judge that answers by position agrees with itself over P cyclic shuffles of O options no more often than chance.
-Does not own: what is done with a judge that does not (reports, weights).
+Does not own: where the questions come from (scorers), weights by agreement (credit).
 """
 
 from __future__ import annotations
@@ -10,53 +10,38 @@ import asyncio
 import string
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from reward_servers.judging.judge import Judge
 from reward_servers.judging.protocols.base import Protocol
 from reward_servers.judging.question import Picture, Question, Undecided
 from reward_servers.judging.reading import distribution
 
-A = TypeVar("A", bound=Hashable)
+A = TypeVar("A")
 MAX_OPTIONS = 10
 
 
-@dataclass(frozen=True)
-class Agreement(Generic[A]):
-    """answer: the most frequent one; share: how often it was given, of all that were; answers: in the order asked."""
-
-    answer: A
-    share: float
-    answers: tuple[A, ...]
-
-    @property
-    def flip_rate(self) -> float:
-        """Share of further answers that differ from the first."""
-        later = self.answers[1:]
-        return sum(answer != self.answers[0] for answer in later) / len(later) if later else 0.0
-
-
 class Shuffled(Protocol):
-    """A multiple-choice question, asked with its options in several orders, each answer mapped back."""
+    """A multiple-choice question, asked with its options in `shuffles` orders, each answer mapped back."""
 
     name = "shuffled"
     paper = "Answer-Consistent Chain-of-Thought RL for Multimodal LLMs (ACRE, 2510.10104)"
 
-    async def ask(
-        self, judge: Judge, question: str, options: Sequence[str], pictures: Sequence[Picture], permutations: int = 2
-    ) -> Agreement[str]:
-        """The option chosen most often over `permutations` cyclic shifts of 2 to 10 options.
+    def __init__(self, shuffles: int = 2) -> None:
+        self.shuffles = shuffles
 
-        Raises Undecided when one order is not answered or two options tie, AttemptFailed, ValueError.
+    async def ask(
+        self, judge: Judge, question: str, options: Sequence[str], pictures: Sequence[Picture]
+    ) -> tuple[str, ...]:
+        """The option chosen under each cyclic shift, the order given first; O options have at most O shifts.
+
+        Raises Undecided when an order is not answered or two of its options are equally likely, AttemptFailed, and
+        ValueError unless there are 2 to 10 different options.
         """
         if not 2 <= len(options) <= MAX_OPTIONS or len(set(options)) != len(options):
-            raise ValueError(f"2 to {MAX_OPTIONS} different options")
-        if not 1 <= permutations <= len(options):
-            raise ValueError(f"{len(options)} options have that many cyclic orders, not {permutations}")
-        shifted = [[*options[p:], *options[:p]] for p in range(permutations)]
-        answers = await asyncio.gather(*(self._one(judge, question, order, pictures) for order in shifted))
-        return agreement(answers)
+            raise ValueError(f"a choice has 2 to {MAX_OPTIONS} different options")
+        orders = [[*options[shift:], *options[:shift]] for shift in range(min(self.shuffles, len(options)))]
+        return tuple(await asyncio.gather(*(self._one(judge, question, order, pictures) for order in orders)))
 
     async def _one(self, judge: Judge, question: str, options: Sequence[str], pictures: Sequence[Picture]) -> str:
         letters = string.ascii_uppercase[: len(options)]
@@ -70,30 +55,14 @@ class Shuffled(Protocol):
         return options[seen.index(best)]
 
 
-def agreement(answers: Sequence[A]) -> Agreement[A]:
-    """Raises Undecided when two answers are equally frequent."""
-    ranked = Counter(answers).most_common(2)
-    if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
-        raise Undecided(f"{ranked[0][0]!r} and {ranked[1][0]!r} were given equally often")
-    return Agreement(ranked[0][0], ranked[0][1] / len(answers), tuple(answers))
+def share(answers: Sequence[Hashable]) -> float:
+    """How often the most frequent answer was given, of all: 1 for a judge that stays with it, 1/O at random."""
+    return Counter(answers).most_common(1)[0][1] / len(answers)
 
 
-async def majority(draw: Callable[[int], Awaitable[A]], samples: int) -> Agreement[A]:
-    """The answer that more than half of `samples` draws gave; draws that were undecided count for none.
-
-    draw(i): the i-th sampled answer. Raises Undecided without a majority; AttemptFailed when a draw could not be made.
-    """
-    drawn = await asyncio.gather(*(draw(i) for i in range(samples)), return_exceptions=True)
-    for outcome in drawn:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, Undecided):
-            raise outcome
-    answers = [outcome for outcome in drawn if not isinstance(outcome, BaseException)]
-    if not answers:
-        raise Undecided(f"none of {samples} samples decided")
-    answer, count = Counter(answers).most_common(1)[0]
-    if 2 * count <= samples:
-        raise Undecided(f"no majority among {samples} samples: {count} for {answer!r}")
-    return Agreement(answer, count / samples, tuple(answers))
+def flip_rate(answers: Sequence[Hashable]) -> float:
+    """Share of further answers that differ from the first; 0 for one answer."""
+    return sum(answer != answers[0] for answer in answers[1:]) / max(len(answers) - 1, 1)
 
 
 def acre_reward(first: Hashable, second: Hashable, truth: Hashable, partial: float = 0.5) -> float:
@@ -104,3 +73,24 @@ def acre_reward(first: Hashable, second: Hashable, truth: Hashable, partial: flo
 def georeason_reward(right: bool, share: float, threshold: float = 1.0) -> float:
     """1[right] if the answer is stable enough, else 1[right] * share (GeoReason's logic drift)."""
     return float(right) * (1.0 if share >= threshold else share)
+
+
+async def majority(draw: Callable[[int], Awaitable[A]], samples: int, key: Callable[[A], Hashable]) -> A:
+    """The first draw among those alike that are more than half of `samples`; undecided ones count for none.
+
+    draw(i): the i-th sampled answer; key: what makes two alike. Raises Undecided without a majority; AttemptFailed
+    when a draw could not be made.
+    """
+    drawn = await asyncio.gather(*(draw(i) for i in range(samples)), return_exceptions=True)
+    answers: list[A] = []
+    for outcome in drawn:
+        if not isinstance(outcome, BaseException):
+            answers.append(outcome)
+        elif not isinstance(outcome, Undecided):
+            raise outcome
+    if not answers:
+        raise Undecided(f"none of {samples} samples decided")
+    winner, count = Counter(map(key, answers)).most_common(1)[0]
+    if 2 * count <= samples:
+        raise Undecided(f"no majority among {samples} samples: {count} for {winner!r}")
+    return next(answer for answer in answers if key(answer) == winner)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reward_servers.judging.judge import Judge
-from reward_servers.judging.protocols.base import Protocol
+from reward_servers.judging.protocols.base import Protocol, bounded
 from reward_servers.judging.question import Picture, Question, Undecided
 from reward_servers.judging.reading import json_object, number, said, short_text
 
@@ -84,8 +84,10 @@ class Aspects(Protocol):
     name = "aspects"
     paper = "RationalRewards: Reasoning Rewards Scale Visual Generation Both Training and Test Time"
 
-    def __init__(self, form: Literal["structured", "published"], temperature: float, max_tokens: int) -> None:
-        self.form, self.temperature, self.max_tokens = form, temperature, max_tokens
+    def __init__(
+        self, form: Literal["structured", "published"], temperature: float, max_tokens: int, max_text: int | None = None
+    ) -> None:
+        self.form, self.temperature, self.max_tokens, self.max_text = form, temperature, max_tokens, max_text
 
     async def ask(self, judge: Judge, prompt: str, picture: Picture, sample: int = 0) -> AspectScores:
         """Scores of one picture. sample: which of several draws. Raises Undecided or AttemptFailed."""
@@ -93,7 +95,7 @@ class Aspects(Protocol):
         question = Question(
             (head, "Generated Image:", picture, tail), self.label, self.max_tokens, self.temperature,
             seed=sample if self.temperature > 0 else None, system=_SYSTEM,
-            schema=SCHEMA if self.form == "structured" else None,
+            schema=bounded(SCHEMA, self.max_text) if self.form == "structured" else None,
         )  # fmt: skip
         reply = await self._ask(judge, question)
         return from_form(json_object(reply)) if self.form == "structured" else from_text(said(reply))

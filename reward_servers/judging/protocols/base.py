@@ -6,7 +6,7 @@ Does not own: asking (judge), reading (reading).
 from __future__ import annotations
 
 import hashlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from reward_servers.judging.judge import Judge
 from reward_servers.judging.question import Question, Reply
@@ -31,6 +31,18 @@ class Protocol:
 
     async def _ask(self, judge: Judge, question: Question) -> Reply:
         return await judge.ask(question)
+
+
+def bounded(schema: Any, max_text: int | None) -> Any:
+    """A JSON schema whose free texts have at most max_text characters; as it is for None."""
+    if max_text is None:
+        return schema
+    if isinstance(schema, list):
+        return [bounded(entry, max_text) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: bounded(value, max_text) for key, value in schema.items()}
+    return inner | {"maxLength": max_text} if inner.get("type") == "string" and "enum" not in inner else inner
 
 
 def quoted(prompt: str) -> str:

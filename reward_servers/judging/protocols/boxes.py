@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from reward_servers.judging.judge import Judge
-from reward_servers.judging.protocols.base import Protocol, quoted
+from reward_servers.judging.protocols.base import Protocol, bounded, quoted
 from reward_servers.judging.question import Picture, Question, Undecided
 from reward_servers.judging.reading import json_object, number, short_text
 
@@ -60,14 +60,14 @@ class Boxes(Protocol):
     name = "boxes"
     paper = "SRUM: Fine-Grained Self-Rewarding for Unified Multimodal Models (2510.12784)"
 
-    def __init__(self, thousandths: bool = False, max_tokens: int = 1024) -> None:
-        self.thousandths, self.max_tokens = thousandths, max_tokens
+    def __init__(self, thousandths: bool = False, max_tokens: int = 1024, max_text: int | None = None) -> None:
+        self.thousandths, self.max_tokens, self.max_text = thousandths, max_tokens, max_text
 
     async def ask(self, judge: Judge, prompt: str, picture: Picture) -> Regions:
         """The regions of one picture. Raises Undecided or AttemptFailed."""
         unit = "thousandths of the image" if self.thousandths else f"pixels ({picture.width} x {picture.height})"
         text = _TASK.replace("{unit}", unit).replace("{prompt}", quoted(prompt))
-        question = Question((picture, text), self.label, self.max_tokens, schema=SCHEMA)
+        question = Question((picture, text), self.label, self.max_tokens, schema=bounded(SCHEMA, self.max_text))
         size = (1000.0, 1000.0) if self.thousandths else (float(picture.width), float(picture.height))
         return read_regions(json_object(await self._ask(judge, question)), size)
 

@@ -2,19 +2,20 @@
 
 The plan is a question without an image, so it is the same for all images of a prompt and the cache keeps it.
 value = mean over items of P(yes) (FIRM's instruction following); passes feed VeRPO's difficulty weights.
-Does not own: quality scores, the product with them beyond its formula (base-and-bonus is the learner's).
+Does not own: quality scores and the product with them (FIRM's modulation is the learner's base_and_bonus).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from reward_servers.judging.judge import Judge
-from reward_servers.judging.protocols.base import Protocol, quoted
+from reward_servers.judging.protocols.base import Protocol, bounded, quoted
 from reward_servers.judging.protocols.yes_no import YesNo
 from reward_servers.judging.question import Picture, Question, Undecided
 from reward_servers.judging.reading import json_object, short_text
@@ -38,6 +39,11 @@ class Checked:
         return self.probabilities > 0.5
 
     @property
+    def failed(self) -> tuple[str, ...]:
+        """The items that do not pass."""
+        return tuple(item for item, passed in zip(self.items, self.passes, strict=True) if not passed)
+
+    @property
     def value(self) -> float:
         """In [0,1]."""
         return float(self.probabilities.mean())
@@ -49,21 +55,25 @@ class Checklist(Protocol):
     name = "checklist"
     paper = "Trust Your Critic: FIRM (2603.12247)"
 
-    def __init__(self, max_items: int = 8, max_tokens: int = 1024) -> None:
-        self.max_items, self.max_tokens = max_items, max_tokens
+    def __init__(self, max_items: int = 8, max_tokens: int = 1024, max_text: int | None = None) -> None:
+        self.max_items, self.max_tokens, self.max_text = max_items, max_tokens, max_text
 
     async def plan(self, judge: Judge, prompt: str) -> tuple[str, ...]:
         """The items for a prompt. Raises Undecided or AttemptFailed."""
         text = _PLAN.replace("{prompt}", quoted(prompt)).replace("{max_items}", str(self.max_items))
-        question = Question((text,), self.label, self.max_tokens, schema=_schema(self.max_items))
+        schema = bounded(_schema(self.max_items), self.max_text)
+        question = Question((text,), self.label, self.max_tokens, schema=schema)
         return read_plan(json_object(await self._ask(judge, question)), self.max_items)
 
     async def ask(self, judge: Judge, prompt: str, picture: Picture) -> Checked:
+        """A plan for the prompt, every item answered. Raises Undecided or AttemptFailed."""
+        return await self.tick(judge, await self.plan(judge, prompt), picture)
+
+    async def tick(self, judge: Judge, items: Sequence[str], picture: Picture) -> Checked:
         """Every item answered. Raises Undecided or AttemptFailed."""
-        items = await self.plan(judge, prompt)
         yes_no = YesNo("{prompt} Answer yes or no.")
         answers = await asyncio.gather(*(yes_no.ask(judge, item, (picture,)) for item in items))
-        return Checked(items, np.array([answer.p for answer in answers]))
+        return Checked(tuple(items), np.array([answer.p for answer in answers]))
 
 
 def read_plan(answer: dict[str, Any], max_items: int) -> tuple[str, ...]:
@@ -80,16 +90,6 @@ def read_plan(answer: dict[str, Any], max_items: int) -> tuple[str, ...]:
 def _schema(max_items: int) -> dict[str, Any]:
     items = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": max_items}
     return {"type": "object", "properties": {"items": items}, "required": ["items"], "additionalProperties": False}
-
-
-def quality_modulated(following: float, quality: float) -> float:
-    """FIRM, generation: following * (0.4 + 0.6 quality), both in [0,1]: no bonus without the base."""
-    return float(np.clip(following, 0, 1) * (0.4 + 0.6 * np.clip(quality, 0, 1)))
-
-
-def consistency_modulated(execution: float, consistency: float) -> float:
-    """FIRM, editing: execution * (0.6 + 0.4 consistency), both in [0,1]."""
-    return float(np.clip(execution, 0, 1) * (0.6 + 0.4 * np.clip(consistency, 0, 1)))
 
 
 def difficulty_weighted(passes: np.ndarray, full_pass: float = 0.2) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from reward_servers.judging.judge import Judge
-from reward_servers.judging.protocols.base import Protocol, quoted
+from reward_servers.judging.protocols.base import Protocol, bounded, quoted
 from reward_servers.judging.question import Picture, Question, Undecided
 from reward_servers.judging.reading import json_object, number
 
@@ -45,8 +45,12 @@ class Listwise(Protocol):
     name = "listwise"
     paper = "RewardAnything: Generalizable Principle-Following Reward Models (2506.03637)"
 
-    def __init__(self, principle: str, shuffles: int, reward: Literal["score", "rank"], max_tokens: int) -> None:
-        self.principle, self.shuffles, self.reward, self.max_tokens = principle, shuffles, reward, max_tokens
+    def __init__(
+        self, principle: str, shuffles: int, reward: Literal["score", "rank"], max_tokens: int,
+        max_text: int | None = None,
+    ) -> None:  # fmt: skip
+        self.principle, self.shuffles, self.reward = principle, shuffles, reward
+        self.max_tokens, self.max_text = max_tokens, max_text
 
     async def ask(self, judge: Judge, prompt: str, pictures: Sequence[Picture]) -> Listing:
         """Values of a group of 2 to 26 pictures. Raises Undecided, AttemptFailed, or ValueError for the size."""
@@ -69,7 +73,7 @@ class Listwise(Protocol):
         for name, index in zip(names, order, strict=True):
             parts += [f"Image {name}:", pictures[index]]
         parts.append(_TASK.replace("{principle}", self.principle).replace("{prompt}", quoted(prompt)))
-        question = Question(tuple(parts), self.label, self.max_tokens, schema=schema(names))
+        question = Question(tuple(parts), self.label, self.max_tokens, schema=bounded(schema(names), self.max_text))
         marks, ranks = read_listing(json_object(await self._ask(judge, question)), names)
         values = np.empty(len(pictures))
         values[order] = marks if self.reward == "score" else ranks
