@@ -65,15 +65,15 @@ def local_ray(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def run_on_cluster(config: RunConfig, parts: Any = None) -> dict[str, Any]:
-    """The whole run through the controller; returns its summary."""
+def run_on_cluster(config: RunConfig, parts: Any = None, resume: bool = False) -> dict[str, Any]:
+    """The whole run through the controller, or the rest of it; returns its summary."""
     import ray
 
     from cluster.controller import ControllerActor
     from cluster.driver import worker_environment
 
     environment = {"env_vars": worker_environment(config)}
-    controller = ControllerActor.options(runtime_env=environment).remote(config, parts)
+    controller = ControllerActor.options(runtime_env=environment).remote(config, parts, resume)
     return ray.get(controller.run.remote())
 
 
