@@ -21,13 +21,13 @@ SUMMARY_KEYS = {
 
 
 @contextmanager
-def shared_ray() -> Iterator[None]:
-    """One local Ray for the runs of a module."""
+def shared_ray(num_gpus: int | None = None) -> Iterator[None]:
+    """One local Ray for the runs of a module. num_gpus: declared; Ray counts them and looks at none."""
     import ray
 
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING",
-        object_store_memory=300 * 2**20,
+        address="local", num_cpus=2, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False,
+        logging_level="WARNING", object_store_memory=300 * 2**20,
     )  # fmt: skip
     try:
         yield
