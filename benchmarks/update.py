@@ -1,9 +1,11 @@
 """What the learner's machinery costs: a rank's update against the bare loop over the same tensors.
 
-- learner: `RankLearner.update` on the plain engine with one rank: rows read from memory, micro-batches assembled,
-  the objective, clipping, AdamW, snapshots, metrics, report.
+- learner: `RankLearner.update` with one rank, on the plain engine and on DeepSpeed (learner.zero_stage as it is by
+  default, which is the demo's): rows read from memory, micro-batches assembled, the objective, clipping, AdamW,
+  snapshots, metrics, report.
 - bare: the same forwards and backwards of the same inputs in a plain loop, one product with a fixed tensor in place
-  of the objective, clip_grad_norm_, AdamW, zero_grad. The objective's own arithmetic counts as overhead.
+  of the objective, clip_grad_norm_, AdamW, zero_grad. The same for both engines: torch alone, so that what DeepSpeed
+  does besides counts as overhead, and so does the objective's own arithmetic.
 
 `nft` makes two no-grad passes beside each differentiated one (old and reference policy); so does its bare loop. The
 model is the playground's at full size with random weights, on one thread. Pairs are interleaved, the first of a pair in
@@ -30,6 +32,7 @@ from benchmarks.measuring import interleaved, median, one_thread, ratios
 TARGET = 1.08
 GROUPS, GROUP_SIZE, MICRO_BATCH, STEPS = 2, 8, 8, 4
 OBJECTIVES: dict[str, dict[str, Any]] = {"grpo": {"name": "grpo"}, "nft": {"name": "nft", "draws": 3}}
+ENGINES = ("plain", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,19 @@ class Call:
 
 
 def run(repeats: int = 15) -> dict[str, Any]:
-    """Rows by objective: ratio learner/bare by wall and by CPU time (median, low, high), seconds of both, target."""
+    """Rows by engine and objective: ratio learner/bare by wall and CPU time (median, low, high), seconds, target."""
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         _save_model(Path(folder))
-        rows = [_measure(name, folder, repeats) for name in OBJECTIVES]
+        rows = [_measure(name, engine, folder, repeats) for engine in ENGINES for name in OBJECTIVES]
     return {"repeats": repeats, "target": TARGET, "rows": rows}
 
 
-def _measure(name: str, folder: str, repeats: int) -> dict[str, Any]:
-    update, bare, forwards = _pair(name, folder)
+def _measure(name: str, engine: str, folder: str, repeats: int) -> dict[str, Any]:
+    update, bare, forwards = _pair(name, engine, folder)
     pairs = interleaved(update, bare, repeats)
     return {
         "objective": name,
+        "engine": engine,
         "forwards": forwards,
         "wall": median(ratios(pairs["wall"])),
         "cpu": median(ratios(pairs["cpu"])),
@@ -63,7 +67,7 @@ def _measure(name: str, folder: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _pair(name: str, folder: str) -> tuple[Callable[[], None], Callable[[], None], int]:
+def _pair(name: str, engine: str, folder: str) -> tuple[Callable[[], None], Callable[[], None], int]:
     """(the learner's update, the bare loop over the calls it made, number of forwards)."""
     import torch
 
@@ -73,7 +77,7 @@ def _pair(name: str, folder: str) -> tuple[Callable[[], None], Callable[[], None
     from learner.rank import RankLearner
     from learner.types import Rewards
 
-    config = _config(name, folder)
+    config = _config(name, engine, folder)
     painter, learner = Painter(config), RankLearner(config, 0, 1)
     headers, arrays, embeddings, rewards = {}, {}, {}, {}
     for number in range(GROUPS):
@@ -95,7 +99,7 @@ def _pair(name: str, folder: str) -> tuple[Callable[[], None], Callable[[], None
         learner.update(job, fetch, embeddings.__getitem__)
 
     calls = _recorded(learner, update)
-    twin = RankLearner(config, 0, 1)
+    twin = RankLearner(_config(name, "plain", folder), 0, 1)
     parameters = list(twin.policy.trainable().values())
     settings = config.learner.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
@@ -134,7 +138,7 @@ def _recorded(learner: Any, update: Callable[[], None]) -> list[Call]:
     return calls
 
 
-def _config(name: str, folder: str) -> Any:
+def _config(name: str, engine: str, folder: str) -> Any:
     from contracts.config.load import config_from_tree
 
     return config_from_tree(
@@ -146,7 +150,7 @@ def _config(name: str, folder: str) -> Any:
             "stop": {"steps": 1},
             "rollout": {"groups_per_step": GROUPS, "group_size": GROUP_SIZE, "micro_batch": MICRO_BATCH},
             "sampler": {"steps": STEPS},
-            "learner": {"engine": "plain", "optimizer": {"lr": 1e-6}},  # every repeat does the same work
+            "learner": {"engine": engine, "optimizer": {"lr": 1e-6}},  # every repeat does the same work
             "pipeline": {"max_staleness": 0},
         }
     )
@@ -160,13 +164,13 @@ def _save_model(folder: Path) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
-    lines = [
-        "| objective | forwards | wall, update / bare | 95 % interval | CPU | 95 % interval | update, s | bare, s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    columns = ("engine", "objective", "forwards", "wall, update / bare", "95 % interval", "CPU", "95 % interval",
+               "update, s", "bare, s")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * 7}"]
     for row in result["rows"]:
         wall, cpu = row["wall"], row["cpu"]
         lines.append(
+            f"| {row.get('engine', 'plain')} "  # results of before DeepSpeed was measured name none
             f"| {row['objective']} | {row['forwards']} | {wall['median']:.3f} | {wall['low']:.3f} – {wall['high']:.3f} "
             f"| {cpu['median']:.3f} | {cpu['low']:.3f} – {cpu['high']:.3f} "
             f"| {row['update_seconds']:.3f} | {row['bare_seconds']:.3f} |"
