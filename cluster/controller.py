@@ -100,7 +100,7 @@ class Controller:
         self.server_processes: list[dict[str, Any]] = []
         self.before: EvalResult | None = None
         self.after: EvalResult | None = None
-        self.latest_eval: float | None = None
+        self.latest_eval: tuple[float, int] | tuple[None, None] = (None, None)  # accuracy, and the step it is of
         self.phase_share = 0.0
         self.stop_requested = False
         self.began = time.monotonic()
@@ -348,7 +348,7 @@ class Controller:
         with context.telemetry.timed("controller", "evaluate", lane="controller"):
             results = await asyncio.gather(*(one(chunk) for chunk in chunks))
         result = summarise(self.config, plan, [tables for _, tables in results])
-        self.latest_eval = result.accuracy
+        self.latest_eval = (result.accuracy, context.step)
         await self._keep_samples(results, plan, tag)
         context.telemetry.gauge("salon_eval_score", result.accuracy, split=self.config.eval.split)
         context.telemetry.event("evaluation", tag=tag, step=context.step, result=evaluation(result))
@@ -472,17 +472,13 @@ class Controller:
         share = context.share_done() if training else self.phase_share
         return {
             **context.telemetry.status(),
-            "phase": self.phase,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "has_folder": True,
-            "step": context.step,
-            "total_steps": self.config.stop.steps,
-            "held_out": self.latest_eval,
+            "phase": self.phase, "host": socket.gethostname(), "pid": os.getpid(), "has_folder": True,
+            "step": context.step, "total_steps": self.config.stop.steps,
+            "held_out": self.latest_eval[0], "held_out_step": self.latest_eval[1],
             "seconds": context.train_seconds(),
             "seconds_left": seconds_left(share, context.train_seconds()) if training else None,
             "share_done": share,
-        }
+        }  # fmt: skip
 
 
 @ray.remote(num_cpus=0, max_concurrency=64)

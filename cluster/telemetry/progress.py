@@ -27,6 +27,7 @@ class RunStatus(TypedDict, total=False):
     total_steps: int | None
     reward: float | None  # mean of the training reward over the last step
     held_out: float | None  # accuracy of the last evaluation, 0 to 1
+    held_out_step: int | None  # the step it is of
     images_per_second: float | None
     staleness: float | None  # largest staleness of the last step's groups
     seconds: float | None  # of training
@@ -86,11 +87,17 @@ def _fields(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("step", step),
         ("reward", _number(status.get("reward"), "{:.3f}")),
-        ("held-out", _number(status.get("held_out"), "{:.1%}")),
+        ("held-out", _held_out(status)),
         ("images/s", _number(status.get("images_per_second"), "{:.1f}")),
         ("staleness", _number(status.get("staleness"), "{:.0f}")),
         ("time left", _duration(status.get("seconds_left"))),
     ]
+
+
+def _held_out(status: Mapping[str, Any]) -> str:
+    """The newest accuracy, and of which step it is: it may be much older than the rest."""
+    accuracy, step = status.get("held_out"), status.get("held_out_step")
+    return _number(accuracy, "{:.1%}") + ("" if accuracy is None or step is None else f" (step {step})")
 
 
 def _line(status: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ import pytest
 from cluster.telemetry.progress import ProgressDisplay, RunStatus, seconds_left
 
 STATUS: RunStatus = {
-    "phase": "training", "step": 12, "total_steps": 40, "reward": 0.5, "held_out": 0.615, "images_per_second": 41.26,
-    "staleness": 1, "seconds": 60, "seconds_left": 3725, "share_done": 0.3,
+    "phase": "training", "step": 12, "total_steps": 40, "reward": 0.5, "held_out": 0.615, "held_out_step": 0,
+    "images_per_second": 41.26, "staleness": 1, "seconds": 60, "seconds_left": 3725, "share_done": 0.3,
 }  # fmt: skip
 
 
@@ -27,7 +27,14 @@ def test_off_a_terminal_lines_come_at_an_interval_and_at_every_phase() -> None:
         display.update({**STATUS, "phase": "evaluating"})
     lines = stream.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["training", "training", "evaluating"]
-    for words in ("step 12/40", "reward 0.500", "held-out 61.5%", "images/s 41.3", "staleness 1", "time left 1:02:05"):
+    for words in (
+        "step 12/40",
+        "reward 0.500",
+        "held-out 61.5% (step 0)",
+        "images/s 41.3",
+        "staleness 1",
+        "time left 1:02:05",
+    ):
         assert words in lines[0]
 
 
