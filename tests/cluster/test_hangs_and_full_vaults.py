@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,34 +18,26 @@ import pytest
 from cluster.controller import ControllerActor, Parts
 from cluster.driver import worker_environment
 from contracts.config import RunConfig
-from contracts.config.load import config_from_tree
 from tests.cluster.frail_parts import LOSES_AT, SHORT_AT
-from tests.cluster.whole_run import books_of, folder_of, rows, shared_ray
+from tests.cluster.whole_run import (
+    HELD_UP_S,
+    LEARNER,
+    PAINTER,
+    TIMED_STEPS,
+    books_of,
+    folder_of,
+    rows,
+    shared_ray,
+    timed_run,
+    wait_for,
+)
 from tests.laws.run_kit import events, run_on_cluster
-
-PAINTER, LEARNER = "benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner"
-STEPS = 24
-HELD_UP_S = 240.0
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     with shared_ray():
         yield
-
-
-def timed(folder: Path, name: str, **sections: Any) -> RunConfig:
-    """Two groups of four a step; a vault of 1 MB holds 16 of them."""
-    tree: dict[str, Any] = {
-        "name": name, "runs_dir": str(folder), "model": {"path": "none"},
-        "prompts": {"source": "benchmarks.stand_ins:Prompts", "options": {"paint_s": 0.02, "update_s": 0.02}},
-        "rollout": {"groups_per_step": 2, "group_size": 4, "micro_batch": 4, "cpus_per_actor": 0.5},
-        "scorers": [{"name": "timer", "function": "benchmarks.stand_ins:score"}],
-        "objective": {"name": "nft"}, "learner": {"engine": "plain", "cpus_per_rank": 0.5},
-        "eval": {"before": False, "num_prompts": 2, "samples_to_save": 0}, "telemetry": {"tensorboard": False},
-        "stop": {"steps": STEPS}, **sections,
-    }  # fmt: skip
-    return config_from_tree(tree)
 
 
 def our(title: str) -> list[psutil.Process]:
@@ -61,16 +52,6 @@ def our(title: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for(what: Any, result: Any) -> None:
-    """Until what() holds; fails when the run ends first."""
-    import ray
-
-    deadline = time.monotonic() + HELD_UP_S
-    while not what():
-        assert not ray.wait([result], timeout=0.1)[0], "the run ended too early"
-        assert time.monotonic() < deadline, "it never came to pass"
-
-
 def replaced(config: RunConfig) -> dict[int, str]:
     """Names of the processes that were replaced, by pid; on a busy machine a slow one may be among them."""
     return {event["pid"]: event["process"] for event in events(config, "hung_process_replaced")}
@@ -79,7 +60,7 @@ def replaced(config: RunConfig) -> dict[int, str]:
 def test_a_run_outlives_a_hung_dispatcher_a_hung_full_vault_and_lost_bytes(tmp_path: Path) -> None:
     import ray
 
-    config = timed(
+    config = timed_run(
         tmp_path, "frail", cluster={"hang_timeout_s": 6.0}, vault={"disk_mb": 1}, checkpoint={"every_steps": 1000}
     )
     options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})  # type: ignore[attr-defined]
@@ -97,7 +78,8 @@ def test_a_run_outlives_a_hung_dispatcher_a_hung_full_vault_and_lost_bytes(tmp_p
 
     assert [replaced(config)[pid] for pid in stopped] == ["dispatcher", "vault-0"]
     assert not any(psutil.pid_exists(pid) for pid in stopped)
-    assert (summary["outcome"], summary["steps"], summary["groups_trained"]) == ("finished", STEPS, 2 * STEPS)
+    assert (summary["outcome"], summary["steps"]) == ("finished", TIMED_STEPS)
+    assert summary["groups_trained"] == 2 * TIMED_STEPS
     assert summary["max_staleness_seen"] <= 1
     assert events(config, "vaults_full"), "1 MB is less than the run paints before its only planned state"
     assert [event["vault"] for event in events(config, "group_lost")] == ["vault-0"]
@@ -106,12 +88,12 @@ def test_a_run_outlives_a_hung_dispatcher_a_hung_full_vault_and_lost_bytes(tmp_p
     assert books.discarded_by_reason.keys() <= {"lost", "run_end"}
     assert books.discarded_by_reason["lost"] == 4
     assert books.max_staleness_seen is not None
-    assert STEPS > LOSES_AT
-    assert books.painted == 4 * (2 * STEPS + 1) + books.discarded_by_reason.get("run_end", 0)
+    assert TIMED_STEPS > LOSES_AT
+    assert books.painted == 4 * (2 * TIMED_STEPS + 1) + books.discarded_by_reason.get("run_end", 0)
 
 
 def test_out_of_memory_in_a_collective_is_trained_with_half_the_micro_batch(tmp_path: Path) -> None:
-    config = timed(tmp_path, "short", stop={"steps": 3})
+    config = timed_run(tmp_path, "short", stop={"steps": 3})
     summary = run_on_cluster(config, Parts(PAINTER, "tests.cluster.frail_parts:ShortOfMemory"))
     assert (summary["outcome"], summary["steps"], summary["learner_rebuilds"]) == ("finished", 3, 1)
     (rebuild,) = events(config, "learner_rebuild")
@@ -120,7 +102,7 @@ def test_out_of_memory_in_a_collective_is_trained_with_half_the_micro_batch(tmp_
 
 
 def test_a_run_that_fails_says_so_in_its_summary_and_leaves_no_process(tmp_path: Path) -> None:
-    config = timed(tmp_path, "broken")
+    config = timed_run(tmp_path, "broken")
     with pytest.raises(RuntimeError, match="the brush is broken"):
         run_on_cluster(config, Parts("tests.cluster.frail_parts:BrokenPainter", LEARNER))
     summary = json.loads((folder_of(config) / "summary.json").read_text())

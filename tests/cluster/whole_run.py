@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,6 +14,12 @@ from safetensors.numpy import load_file
 
 from cluster.ledger.reader import Books, LedgerReader
 from contracts.config import RunConfig
+from contracts.config.load import config_from_tree
+
+PAINTER, LEARNER = "benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner"
+"""Timers in the place of models."""
+TIMED_STEPS = 24
+HELD_UP_S = 240.0
 
 SUMMARY_KEYS = {
     "held_out_strict_before", "held_out_strict_after", "train_seconds", "images_painted", "images_trained",
@@ -33,6 +40,31 @@ def shared_ray(num_gpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def timed_run(folder: Path, name: str, **sections: Any) -> RunConfig:
+    """A run of timers: two groups of four a step; a vault of 1 MB holds 16 of them."""
+    tree: dict[str, Any] = {
+        "name": name, "runs_dir": str(folder), "model": {"path": "none"},
+        "prompts": {"source": "benchmarks.stand_ins:Prompts", "options": {"paint_s": 0.02, "update_s": 0.02}},
+        "rollout": {"groups_per_step": 2, "group_size": 4, "micro_batch": 4, "cpus_per_actor": 0.5},
+        "scorers": [{"name": "timer", "function": "benchmarks.stand_ins:score"}],
+        "objective": {"name": "nft"}, "learner": {"engine": "plain", "cpus_per_rank": 0.5},
+        "eval": {"before": False, "num_prompts": 2, "samples_to_save": 0}, "telemetry": {"tensorboard": False},
+        "stop": {"steps": TIMED_STEPS}, **sections,
+    }  # fmt: skip
+    return config_from_tree(tree)
+
+
+def wait_for(what: Any, result: Any) -> None:
+    """Until what() holds; fails when the run whose result is given ends first."""
+    import ray
+
+    deadline = time.monotonic() + HELD_UP_S
+    while not what():
+        if ray.wait([result], timeout=0.1)[0]:
+            raise AssertionError(f"the run ended too early: {ray.get(result)}")  # or raises what it ended with
+        assert time.monotonic() < deadline, "it never came to pass"
 
 
 def folder_of(config: RunConfig) -> Path:

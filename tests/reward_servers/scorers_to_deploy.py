@@ -44,3 +44,12 @@ class Broken(Slow):
 
     def load(self) -> None:
         raise RuntimeError("no weights today")
+
+
+class Dated(Steady):
+    """Says of itself that it is the version it was told to be."""
+
+    name = "dated"
+
+    def __init__(self, version: str) -> None:
+        self.version = version
