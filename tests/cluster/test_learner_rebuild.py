@@ -18,6 +18,7 @@ from contracts.config.load import config_from_tree
 from contracts.errors import GuardStop, RankLost
 from tests.cluster.lost_ranks import write_faults
 from tests.laws.run_kit import events, local_ray, run_on_cluster, state_tensors, tiny_config
+from tests.learner.learner_harness import engine_section, needs_deepspeed
 
 STEPS = 5
 TIMERS = Parts("benchmarks.stand_ins:WaitingPainter", "tests.cluster.lost_ranks:MortalTimer")
@@ -30,13 +31,19 @@ def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_ray")
-def test_killed_and_hung_ranks_cost_a_rebuild_and_no_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
-    """Two DDP ranks. One is killed before any state was saved, later one hangs; at staleness 0 the weights at the end
-    are those of a run without faults."""
-    undisturbed = two_ranks(tiny_model_folder, tmp_path, "undisturbed")
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(None, id="ddp"), pytest.param(2, id="zero2", marks=needs_deepspeed)]
+)
+def test_killed_and_hung_ranks_cost_a_rebuild_and_no_bit(
+    zero_stage: int | None, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """Two ranks. One is killed before any state was saved, later one hangs; at staleness 0 the weights at the end are
+    those of a run without faults."""
+    undisturbed = two_ranks(tiny_model_folder, tmp_path, "undisturbed", zero_stage)
     run_on_cluster(undisturbed)
-    config = two_ranks(tiny_model_folder, tmp_path, "disturbed")
+    config = two_ranks(tiny_model_folder, tmp_path, "disturbed", zero_stage)
     write_faults(config, [("update", 2, 1, "SIGKILL"), ("update", 4, 0, "SIGSTOP")])
     summary = run_on_cluster(config, Parts(learner="tests.cluster.lost_ranks:mortal_learner"))
 
@@ -107,11 +114,11 @@ def test_a_guard_stops_the_run_though_a_rank_is_lost_in_its_save(tmp_path: Path)
     assert final_step(config) == 2
 
 
-def two_ranks(model: Path, folder: Path, name: str) -> RunConfig:
+def two_ranks(model: Path, folder: Path, name: str, zero_stage: int | None) -> RunConfig:
+    learner = {**engine_section(zero_stage), "ranks": 2, "hang_timeout_s": 40.0, "optimizer": {"lr": 1e-3}}
     return tiny_config(
-        model, folder, name=name, learner__ranks=2, checkpoint__every_steps=2, learner__hang_timeout_s=30.0,
-        eval__num_prompts=1, stop__steps=STEPS,
-    )  # fmt: skip
+        model, folder, name=name, learner=learner, checkpoint__every_steps=2, eval__num_prompts=1, stop__steps=STEPS
+    )
 
 
 def timer_config(
