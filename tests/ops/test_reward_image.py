@@ -13,6 +13,7 @@ import pytest
 
 from contracts import registry
 
+ROOT = Path(__file__).resolve().parents[2]
 OWN = ("contracts", "playground", "reward_servers", "policy", "actors", "learner", "cluster", "benchmarks", "tests")
 
 IMPORT_ALL = """
@@ -93,6 +94,8 @@ def own_imports(path: Path, module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports by a relative name"
             found.add(str(node.module))
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if is_there(ROOT, name)}  # the others are no modules
     return {name for name in found if name.split(".")[0] in OWN}
 
 
