@@ -33,6 +33,12 @@ def build_dino(folder: Path) -> dict[str, Any]:
     return {"model": str(folder), "size": None, "patches": 2}
 
 
+def slow_red_judge(images: np.ndarray, prompts: Any, metadata: Any) -> np.ndarray:
+    """What a distilled scorer learns from: 1 where an image is more red than blue, after a wait."""
+    time.sleep(0.3)
+    return (images[..., 0].mean(axis=(1, 2)) > images[..., 2].mean(axis=(1, 2))).astype(np.float64)
+
+
 class NoisePainter(WaitingPainter):
     """Other pictures for every sample, so that a group has something to compare."""
 

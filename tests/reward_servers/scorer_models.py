@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from reward_helpers import config_for, served
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     BitImageProcessorPil,
@@ -33,6 +32,7 @@ from transformers import (
 from contracts.scores import ScoreTable
 from reward_servers.client import RewardClient
 from reward_servers.scorers.base import ScoreBatch, Scorer
+from tests.reward_servers.reward_helpers import config_for, served
 
 PROMPTS = ("a red circle", "two blue squares", "a red circle", "a star left of a green cat")
 SIZE = 32
