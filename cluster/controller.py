@@ -35,6 +35,7 @@ from cluster.evaluate import (
     base_sampling,
     make_source,
     plan_evaluation,
+    require_judged,
     rollout_sampling,
     summarise,
 )
@@ -348,6 +349,8 @@ class Controller:
         with context.telemetry.timed("controller", "evaluate", lane="controller"):
             results = await asyncio.gather(*(one(chunk) for chunk in chunks))
         result = summarise(self.config, plan, [tables for _, tables in results])
+        if self.phase == "training":
+            require_judged(self.config, result)
         self.latest_eval = (result.accuracy, context.step)
         await self._keep_samples(results, plan, tag)
         context.telemetry.gauge("salon_eval_score", result.accuracy, split=self.config.eval.split)

@@ -20,7 +20,7 @@ import numpy as np
 from contracts import registry
 from contracts.config import RunConfig
 from contracts.config.rollout import EvalSampling
-from contracts.errors import ConfigError
+from contracts.errors import ConfigError, ScoringError
 from contracts.previews import Previews
 from contracts.scores import ScoreTable
 from contracts.seeds import Stream, derive_seed
@@ -113,6 +113,13 @@ def summarise(config: RunConfig, plan: EvalPlan, tables: Sequence[Mapping[str, S
         columns=_column_means(tables),
         sampling=plan.sampling,
     )
+
+
+def require_judged(config: RunConfig, result: EvalResult) -> EvalResult:
+    """The result. Raises ScoringError when it rests on no image at all: NaN is no accuracy."""
+    if result.num_valid == 0:
+        raise ScoringError(f"scorer {judging(config)[0]} judged none of {result.num_images} images; is its server up?")
+    return result
 
 
 def _judged(

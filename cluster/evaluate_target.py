@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.checks.headers import read_model_card
-from cluster.evaluate import EvalResult, base_sampling, evaluate_in_process, judging, rollout_sampling
+from cluster.evaluate import EvalResult, base_sampling, evaluate_in_process, require_judged, rollout_sampling
 from cluster.export import read_weights, weights_file
 from cluster.run_folder import RunFolder
 from cluster.validate import check_evaluation, refuse
-from contracts.config import RunConfig, load_config
-from contracts.errors import ConfigError, ScoringError
+from contracts.config import load_config
+from contracts.errors import ConfigError
 from playground.world.scenes import SIZE
 
 PLAYGROUND = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
@@ -38,14 +38,16 @@ def evaluate_target(target: str, overrides: Sequence[str] = (), config_path: str
         config = load_config(config_path or PLAYGROUND, [*overrides, f"model.path={target}"])
         refuse(check_evaluation(config))
         sampling = config.eval.sampling or base_sampling(config)
-        return _judged(config, evaluate_in_process(config, Painter(config), sampling, config.eval.num_prompts))
+        return require_judged(config, evaluate_in_process(config, Painter(config), sampling, config.eval.num_prompts))
     folder = _open_run(target)
     config = load_config(folder.config, overrides)
     refuse(check_evaluation(config))
     file = weights_file(folder, config, "evaluated")
     painter = Painter(config)
     read_weights(painter.policy, file)
-    return _judged(config, evaluate_in_process(config, painter, rollout_sampling(config), config.eval.num_prompts))
+    return require_judged(
+        config, evaluate_in_process(config, painter, rollout_sampling(config), config.eval.num_prompts)
+    )
 
 
 def _refuse_other_images(folder: Path) -> None:
@@ -58,12 +60,6 @@ def _refuse_other_images(folder: Path) -> None:
             f"{SIZE} x {SIZE} are asked for and judged",
             "give a configuration whose prompts and scorers fit this model (configs/ holds examples)",
         )  # fmt: skip
-
-
-def _judged(config: RunConfig, result: EvalResult) -> EvalResult:
-    if result.num_valid == 0:
-        raise ScoringError(f"scorer {judging(config)[0]} judged none of {result.num_images} images; is its server up?")
-    return result
 
 
 def as_text(result: EvalResult) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from contracts.declarations import ScorerGives
@@ -29,3 +32,8 @@ class Constant(Scorer):
 
     def score(self, batch: ScoreBatch) -> ScoreTable:
         return self.table(np.full(len(batch), 0.5))
+
+
+def refuses(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> np.ndarray:
+    """A reward function that never answers."""
+    raise RuntimeError("not today")

@@ -167,7 +167,7 @@ def test_a_hung_run_at_a_url_shows_the_stacks_of_all_its_processes(tmp_path: Pat
         )  # fmt: skip
     wanted = {"driver", "controller", "actor-0", "learner-0", "vault", "dispatcher", "host-colour",
               "reward-colourfulness"}  # fmt: skip
-    deadline, told = time.monotonic() + 400, {}
+    deadline, told = time.monotonic() + 270, {}
     try:
         while not wanted <= told.keys():
             assert driver.poll() is None, (tmp_path / "driver.log").read_text()

@@ -78,8 +78,9 @@ def run_on_cluster(config: RunConfig, parts: Any = None, resume: bool = False) -
 
 
 def events(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    """Lines of events.jsonl of one kind."""
-    lines = (Path(config.runs_dir) / config.name / "events.jsonl").read_text().splitlines()
+    """Lines of events.jsonl of one kind; none before there is one, and not the one that is being written."""
+    file = Path(config.runs_dir) / config.name / "events.jsonl"
+    lines = file.read_text().rpartition("\n")[0].splitlines() if file.is_file() else []
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 

@@ -18,7 +18,7 @@ from tests.laws.run_kit import local_ray, run_on_cluster, state_tensors, tiny_co
 STEPS = 3
 
 
-@pytest.mark.parametrize("objective", ["grpo", "nft", "ppo"])
+@pytest.mark.parametrize("objective", ["grpo", "nft", "ppo", "dpo"])
 def test_cluster_run_equals_in_process_run_bit_for_bit(objective: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_model_folder, tmp_path, objective)
     with local_ray(config):

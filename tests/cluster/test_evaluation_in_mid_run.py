@@ -1,0 +1,85 @@
+"""Held-out evaluation on a schedule, beside training: it is seen everywhere, may fail, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.controller import ControllerActor
+from cluster.driver import worker_environment
+from cluster.inprocess import start_in_process
+from contracts.config import RunConfig
+from tests.cluster.whole_run import check_finished, folder_of, rows, shared_ray
+from tests.laws.run_kit import events, state_tensors, tiny_config
+
+STEPS = 3
+DURING = {"eval__every_steps": 1, "eval__during_prompts": 3, "stop__steps": STEPS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with shared_ray():
+        yield
+
+
+def run_and_watch(config: RunConfig) -> tuple[dict[str, Any], list[float | None]]:
+    """The summary, and the accuracies that the display was given while it trained."""
+    options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})  # type: ignore[attr-defined]
+    controller = options.remote(config, None)
+    result, seen = controller.run.remote(), []
+    while not ray.wait([result], timeout=0.5)[0]:
+        status = ray.get(controller.status.remote())
+        if status["phase"] == "training":
+            seen.append(status["held_out"])
+    return ray.get(result), seen
+
+
+def in_mid_run(config: RunConfig) -> list[dict[str, Any]]:
+    return [event for event in events(config, "evaluation") if event["tag"].startswith("step ")]
+
+
+def test_accuracy_is_measured_on_schedule_and_what_is_trained_stays_the_same(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    watched = tiny_config(tiny_model_folder, tmp_path / "watched", **DURING)
+    summary, shown = run_and_watch(watched)
+    check_finished(watched, summary, steps=STEPS)
+    measured = in_mid_run(watched)
+    assert measured, "every step was due"
+    assert {event["result"]["num_images"] for event in measured} == {3}
+    steps = [int(event["tag"].removeprefix("step ")) for event in measured]
+    assert steps == sorted(set(steps))
+    assert set(steps) <= set(range(1, STEPS + 1))
+    assert not events(watched, "evaluation_failed")
+    accuracies = [event["result"]["accuracy"] for event in measured]
+    assert any(number is not None and round(number, 4) in accuracies for number in shown), "the display shows it"
+    assert any(round(row.get("eval_score/test", -1.0), 4) in accuracies for row in rows(watched)), "so do metrics"
+
+    alone = start_in_process(tiny_config(tiny_model_folder, tmp_path / "alone", stop__steps=STEPS))
+    for _ in range(STEPS):
+        alone.step()
+    alone.learner.save_state(tmp_path / "reference")
+    one = state_tensors(folder_of(watched) / "checkpoints" / f"step-{STEPS:06d}")
+    other = state_tensors(tmp_path / "reference")
+    assert one.keys() == other.keys()
+    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+def test_an_evaluation_that_nobody_judges_is_told_and_training_goes_on(tiny_model_folder: Path, tmp_path: Path) -> None:
+    scorers = [
+        {"name": "colour", "serve": "colourfulness"},
+        {"name": "judge", "function": "tests.cluster.own_scorers:refuses", "held_out": True, "required": False},
+    ]
+    config = tiny_config(tiny_model_folder, tmp_path, scorers=scorers, **DURING)
+    summary, shown = run_and_watch(config)
+    assert (summary["outcome"], summary["steps"]) == ("finished", STEPS)
+    failed = events(config, "evaluation_failed")
+    assert failed
+    assert "judge judged none of 3 images" in failed[0]["error"]
+    assert not in_mid_run(config)
+    assert set(shown) == {None}, "no number is shown for what was not measured"
