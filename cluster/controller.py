@@ -478,9 +478,8 @@ class Controller:
             "phase": self.phase, "host": socket.gethostname(), "pid": os.getpid(), "has_folder": True,
             "step": context.step, "total_steps": self.config.stop.steps,
             "held_out": self.latest_eval[0], "held_out_step": self.latest_eval[1],
-            "seconds": context.train_seconds(),
+            "seconds": context.train_seconds(), "share_done": share,
             "seconds_left": seconds_left(share, context.train_seconds()) if training else None,
-            "share_done": share,
         }  # fmt: skip
 
 

@@ -18,9 +18,15 @@ from tests.laws.run_kit import local_ray, run_on_cluster, state_tensors, tiny_co
 STEPS = 3
 
 
-@pytest.mark.parametrize("objective", ["grpo", "nft", "ppo", "dpo"])
+GRADIENT = {
+    "scorers": [{"name": "brightness", "serve": "tests.cluster.own_scorers:Brightness"}],
+    "sampler__name": "ode",
+}
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft", "ppo", "dpo", "alignprop"])
 def test_cluster_run_equals_in_process_run_bit_for_bit(objective: str, tiny_model_folder: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_model_folder, tmp_path, objective)
+    config = tiny_config(tiny_model_folder, tmp_path, objective, **(GRADIENT if objective == "alignprop" else {}))
     with local_ray(config):
         summary = run_on_cluster(config)
     assert summary["steps"] == STEPS
