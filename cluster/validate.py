@@ -81,7 +81,7 @@ def join_and_check(config: RunConfig) -> Asked:
     """What the cluster that the run is to join lacks, resources and deployed scorers; joins it where one is named."""
     from cluster.driver import cluster_address, start_ray
 
-    if cluster_address(config) is None:
+    if cluster_address(config) is None and not _names_deployments(config):
         return Asked([], {})
     try:
         joined = start_ray(config)

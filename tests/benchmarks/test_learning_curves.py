@@ -147,7 +147,7 @@ def test_weights_are_kept_at_the_start_and_after_each_mark(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.glob("*.safetensors")} == {point["file"] for point in keeper.points()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_in_both_ways_from_start_to_ratio(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

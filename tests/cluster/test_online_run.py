@@ -92,7 +92,10 @@ def references_of(trainer: str, root: Path) -> np.ndarray:
     return colours[int(np.argmin([scorer.score(batch).values.mean() for batch in batches]))]
 
 
-@pytest.fixture(scope="module", params=list(TRAINERS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long if name == "guarded_pickscore" else ()) for name in TRAINERS],
+)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
     trainer, root = request.param, tmp_path_factory.mktemp("online_run")
     if trainer == "adversarial_dino":

@@ -53,7 +53,13 @@ def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize(("ranks", "actors"), [((2, 1), (1, 2)), ((1, 2), (2, 1))], ids=["2 to 1 rank", "1 to 2 ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "actors"),
+    [
+        pytest.param((2, 1), (1, 2), id="2 to 1 rank"),
+        pytest.param((1, 2), (2, 1), id="1 to 2 ranks", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_goes_on_with_other_numbers_of_ranks_and_actors(
     ranks: tuple[int, int], actors: tuple[int, int], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
