@@ -351,7 +351,7 @@ class Controller:
         result = summarise(self.config, plan, [tables for _, tables in results])
         if self.phase == "training":
             require_judged(self.config, result)
-        self.latest_eval = (result.accuracy, context.step)
+        self.latest_eval = (result.accuracy, context.step) if result.num_valid else self.latest_eval
         await self._keep_samples(results, plan, tag)
         context.telemetry.gauge("salon_eval_score", result.accuracy, split=self.config.eval.split)
         context.telemetry.event("evaluation", tag=tag, step=context.step, result=evaluation(result))

@@ -13,13 +13,13 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import awake
+from cluster.durations import duration
 from cluster.telemetry.progress import ProgressDisplay
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors, ExitCode, SalonError
@@ -365,7 +365,7 @@ def print_summary(config: RunConfig, summary: dict[str, Any]) -> None:
     discarded = ", ".join(f"{k} {v}" for k, v in summary["images_discarded"].items()) or "none"
     table.add_row("images discarded", discarded)
     table.add_row("max staleness", str(summary["max_staleness_seen"]))
-    table.add_row("training time", time.strftime("%M:%S", time.gmtime(summary["train_seconds"])))
+    table.add_row("training time", duration(summary["train_seconds"]))
     folder = Path(config.runs_dir) / config.name if "://" not in config.runs_dir else f"{config.runs_dir}/{config.name}"
     table.add_row("pictures", f"{folder}/samples/")
     table.add_row("summary", f"{folder}/summary.json")

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.durations import duration
 from cluster.report.view import newest_run, open_run
 from cluster.run_folder import RunFolder
 from cluster.status import Status, take_status
@@ -98,7 +99,7 @@ def _head(status: Status) -> RenderableType:
     head.append(state if phase in (state, "training") else f"{state}: {phase}", style=STATE_STYLES.get(state, ""))
     silence = status["seconds_since_last_word"]
     if silence is not None:
-        head.append(f"   last word {_duration(silence)} ago", style="dim")
+        head.append(f"   last word {duration(silence)} ago", style="dim")
     head.append(f"\n{status['folder']}", style="dim")
     if status["why"]:
         head.append(f"\n{status['why']}", style=STATE_STYLES[state])
@@ -112,8 +113,8 @@ def _progress(status: Status) -> Table:
     total, held_out = status["total_steps"], status["held_out"]
     rows = {
         "step": f"{status['step']}" + (f" of {total}" if total else ""),
-        "trained for": _duration(status["train_seconds"]),
-        "time left": _duration(status["seconds_left"]),
+        "trained for": duration(status["train_seconds"]),
+        "time left": duration(status["seconds_left"]),
         "weight version": _number(status["weights"]["version"]),
     }
     if held_out is not None and held_out["shown"] is not None:
@@ -180,14 +181,3 @@ def _number(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return (f"{days} d " if days else "") + (
-        f"{hours}:{minutes:02d}:{rest:02d}" if hours or days else f"{minutes}:{rest:02d}"
-    )

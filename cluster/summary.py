@@ -72,8 +72,11 @@ def evaluation(result: EvalResult | None) -> dict[str, Any] | None:
 
 
 def _accuracy(result: EvalResult | None) -> float | None:
-    return None if result is None else round(result.accuracy, 4)
+    """None also of an evaluation that nobody judged: NaN is no accuracy."""
+    return None if result is None or not result.num_valid else round(result.accuracy, 4)
 
 
 def _gain(before: EvalResult | None, after: EvalResult | None) -> float | None:
-    return None if before is None or after is None else round(100 * (after.accuracy - before.accuracy), 2)
+    if before is None or after is None or not (before.num_valid and after.num_valid):
+        return None
+    return round(100 * (after.accuracy - before.accuracy), 2)

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from cluster.durations import duration
 from cluster.report.faults import Fault, counts, faults, guard_events
 from cluster.report.panels import SECTIONS, Panel
 from cluster.report.samples import Sample, SampleSet, same_images
@@ -99,7 +100,7 @@ def render(views: Sequence[RunView]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=_number, duration=_duration, when=_when, percent=_percent)
+    environment.filters.update(number=_number, duration=duration, when=_when, percent=_percent)
     return environment.get_template("page.html.j2").render(
         views=views,
         names=_distinct_names(views),
@@ -153,7 +154,7 @@ def key_figures(view: RunView) -> dict[str, str]:
             tiles["gain"] = f"{100 * gain:+.1f} points" if view.judged_by_share else f"{gain:+.3g}"
     tiles["steps"] = str(view.step)
     seconds = view.train_seconds()
-    tiles["training"] = _duration(seconds)
+    tiles["training"] = duration(seconds)
     if view.books is not None:
         tiles["images trained"] = f"{view.books.trained:,}"
         if seconds:
@@ -277,12 +278,6 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _when(at: float) -> str:

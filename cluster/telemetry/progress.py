@@ -16,6 +16,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from cluster.durations import duration
+
 PLAIN_INTERVAL_S = 5.0
 
 
@@ -90,7 +92,7 @@ def _fields(status: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("held-out", _held_out(status)),
         ("images/s", _number(status.get("images_per_second"), "{:.1f}")),
         ("staleness", _number(status.get("staleness"), "{:.0f}")),
-        ("time left", _duration(status.get("seconds_left"))),
+        ("time left", duration(status.get("seconds_left"))),
     ]
 
 
@@ -116,11 +118,3 @@ def _table(title: str, status: Mapping[str, Any]) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None or value != value else form.format(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -27,15 +27,14 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def run_and_watch(config: RunConfig) -> tuple[dict[str, Any], list[float | None]]:
-    """The summary, and the accuracies that the display was given while it trained."""
+def run_and_watch(config: RunConfig) -> tuple[dict[str, Any], list[tuple[float | None, int | None]]]:
+    """The summary, and what the display was given until the end: accuracies, and the steps that they are of."""
     options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})  # type: ignore[attr-defined]
     controller = options.remote(config, None)
     result, seen = controller.run.remote(), []
-    while not ray.wait([result], timeout=0.5)[0]:
+    while not ray.wait([result], timeout=0.1)[0]:
         status = ray.get(controller.status.remote())
-        if status["phase"] == "training":
-            seen.append(status["held_out"])
+        seen.append((status.get("held_out"), status.get("held_out_step")))  # neither until it has begun
     return ray.get(result), seen
 
 
@@ -57,7 +56,9 @@ def test_accuracy_is_measured_on_schedule_and_what_is_trained_stays_the_same(
     assert set(steps) <= set(range(1, STEPS + 1))
     assert not events(watched, "evaluation_failed")
     accuracies = [event["result"]["accuracy"] for event in measured]
-    assert any(number is not None and round(number, 4) in accuracies for number in shown), "the display shows it"
+    # Of step 1 at least until step 2's is there, and the last of them while the final evaluation paints.
+    displayed = [(round(number, 4), step) for number, step in shown if number is not None and step]
+    assert set(displayed) & set(zip(accuracies, steps, strict=True)), "the display shows it"
     assert any(round(row.get("eval_score/test", -1.0), 4) in accuracies for row in rows(watched)), "so do metrics"
 
     alone = start_in_process(tiny_config(tiny_model_folder, tmp_path / "alone", stop__steps=STEPS))
@@ -82,4 +83,5 @@ def test_an_evaluation_that_nobody_judges_is_told_and_training_goes_on(tiny_mode
     assert failed
     assert "judge judged none of 3 images" in failed[0]["error"]
     assert not in_mid_run(config)
-    assert set(shown) == {None}, "no number is shown for what was not measured"
+    assert (summary["held_out_strict_after"], summary["held_out_gain_points"]) == (None, None)
+    assert {number for number, _ in shown} == {None}, "no number is shown for what was not measured"
