@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from cluster.durations import duration
+from cluster.durations import MISSING, duration
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -117,4 +117,4 @@ def _table(title: str, status: Mapping[str, Any]) -> Table:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or value != value else form.format(value)
+    return MISSING if value is None or value != value else form.format(value)

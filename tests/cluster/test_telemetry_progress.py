@@ -46,8 +46,8 @@ def test_what_is_not_known_yet_is_a_dash() -> None:
             {**STATUS, "phase": "training", "reward": float("nan"), "total_steps": None, "seconds_left": 59.6}
         )
     first, second = stream.getvalue().splitlines()
-    assert " ".join(first.split()) == "starting step 0 reward - held-out - images/s - staleness - time left -"
-    assert "reward -" in second
+    assert " ".join(first.split()) == "starting step 0 reward – held-out – images/s – staleness – time left –"
+    assert "reward –" in second
     assert "step 12  " in second
     assert "time left 1:00" in second
 
