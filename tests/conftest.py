@@ -21,10 +21,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+WHOLE_RUNS = ("laws", "ops", "cluster")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests without CUDA; torch is imported only when there are some."""
+    """Whole runs first, so that short tests fill the gaps at the end. Skip `gpu` tests without CUDA."""
+    items.sort(key=lambda item: item.path.parent.name not in WHOLE_RUNS)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_cuda():
         for item in on_gpu:

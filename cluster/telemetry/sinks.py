@@ -95,7 +95,7 @@ class WandbSink:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._wandb = importlib.import_module("wandb")
         self._run = self._wandb.init(
-            project="salon", name=config.name, id=_run_id(config), resume="allow", dir=str(folder),
+            project="salon", name=config.name, id=tracked_id(config, folder), resume="allow", dir=str(folder),
             config=config.model_dump(mode="json"),
         )  # fmt: skip
 
@@ -117,7 +117,7 @@ class MlflowSink:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self._mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.sqlite'}")
         self._mlflow.set_experiment("salon")
-        self._mlflow.start_run(run_name=config.name)
+        self._start_or_go_on(config.name, tracked_id(config, folder))
         self._mlflow.log_dict(config.model_dump(mode="json"), "config.json")
 
     def scalars(self, row: Mapping[str, float], step: int) -> None:
@@ -128,6 +128,17 @@ class MlflowSink:
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+    def _start_or_go_on(self, name: str, tracked: str) -> None:
+        """MLflow chooses the ids of its runs: one that is resumed is found by a tag."""
+        before = self._mlflow.search_runs(
+            experiment_names=["salon"], filter_string=f"tags.`salon-run` = '{tracked}'", output_format="list",
+            max_results=1,
+        )  # fmt: skip
+        if before:
+            self._mlflow.start_run(run_id=before[0].info.run_id)
+        else:
+            self._mlflow.start_run(run_name=name, tags={"salon-run": tracked})
 
 
 _SINKS: dict[str, Any] = {"tensorboard": TensorBoardSink, "wandb": WandbSink, "mlflow": MlflowSink}
@@ -177,5 +188,10 @@ def missing_sink(name: str) -> ConfigError | None:
     return ConfigError("telemetry.sinks", f"{name} is not installed", way_out)
 
 
-def _run_id(config: RunConfig) -> str:
-    return f"{config.name}-{config.seed}"
+def tracked_id(config: RunConfig, folder: Path) -> str:
+    """What trackers know a run by: kept in its folder, so that it goes on when resumed and is new when replaced."""
+    file = folder / "tracker_id"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{config.name}-{secrets.token_hex(4)}")
+    return file.read_text()

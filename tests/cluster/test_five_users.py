@@ -62,6 +62,7 @@ def test_grpo_trains_an_adapter_under_guidance(tiny_model_folder: Path, tmp_path
     assert summary["max_staleness_seen"] == 0
 
 
+@pytest.mark.long
 def test_ppo_with_its_critic(tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_model_folder, tmp_path, "ppo", stop__steps=2)
     summary = run_on_cluster(config)
@@ -73,6 +74,7 @@ def test_ppo_with_its_critic(tiny_model_folder: Path, tmp_path: Path) -> None:
     assert np.isfinite(values).all()
 
 
+@pytest.mark.long
 def test_dpo_from_groups(tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_model_folder, tmp_path, "dpo", stop__steps=2, objective__pairs_per_group=2)
     check_finished(config, run_on_cluster(config))

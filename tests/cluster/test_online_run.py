@@ -94,7 +94,7 @@ def references_of(trainer: str, root: Path) -> np.ndarray:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.long if name == "guarded_pickscore" else ()) for name in TRAINERS],
+    params=[pytest.param(name, marks=() if name == "distilled" else pytest.mark.long) for name in TRAINERS],
 )
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
     trainer, root = request.param, tmp_path_factory.mktemp("online_run")

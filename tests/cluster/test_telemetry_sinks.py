@@ -325,17 +325,22 @@ class FakeWandb:
 
 
 class FakeMlflow:
-    """mlflow as far as its sink goes; like it, a run belongs to the thread that began it."""
+    """mlflow as far as its sink goes; like it, a run belongs to the thread that began it and has an id of its own."""
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
         self.calls: list[tuple[Any, ...]] = []
+        self.runs: list[SimpleNamespace] = []
         self.__spec__ = SimpleNamespace(name="mlflow")
 
     def __getattr__(self, name: str) -> Any:
-        def call(*given: Any, **named: Any) -> None:
+        def call(*given: Any, **named: Any) -> Any:
+            if name == "search_runs":
+                return [SimpleNamespace(info=run) for run in self.runs if run.filter == named["filter_string"]]
             if name == "start_run":
-                self._of_thread.run = named["run_name"]
+                self._of_thread.run = named.get("run_id") or f"id-{len(self.runs)}"
+                for tag, value in named.get("tags", {}).items():
+                    self.runs.append(SimpleNamespace(run_id=self._of_thread.run, filter=f"tags.`{tag}` = '{value}'"))
             elif name.startswith(("log_", "end_")):
                 assert getattr(self._of_thread, "run", None) is not None, f"{name} without a run in this thread"
             self.calls.append((name, *given, named))
@@ -366,7 +371,7 @@ def test_wandb_is_given_rows_and_pictures_and_a_run_goes_on_under_its_id(
     first, second = wandb.begun
     assert (first["project"], first["name"], first["dir"]) == ("salon", "told", str(tmp_path))
     assert first["config"]["seed"] == 5
-    assert first["id"] == second["id"] == "told-5"
+    assert first["id"] == second["id"] == (tmp_path / "tracker_id").read_text()
     assert first["resume"] == second["resume"] == "allow"
     (row, step), (picture, at) = wandb.logged[:2]
     assert (row["train_metric/loss"], step) == (0.25, 7)
@@ -383,13 +388,27 @@ def test_mlflow_is_given_rows_and_pictures_in_the_thread_of_its_run(
     told = told_by("mlflow", tmp_path)
     assert lost(told, "mlflow") == 0
     assert mlflow.of("set_tracking_uri") == [(f"sqlite:///{tmp_path / 'mlflow.sqlite'}", {})]
-    assert mlflow.of("start_run") == [({"run_name": "told"},)]
+    tracked = (tmp_path / "tracker_id").read_text()
+    assert tracked.startswith("told-")
+    assert mlflow.of("start_run") == [({"run_name": "told", "tags": {"salon-run": tracked}},)]
     assert mlflow.of("log_dict")[0][0]["seed"] == 5
     ((row, named),) = mlflow.of("log_metrics")
     assert (row["train_metric/loss"], named) == (0.25, {"step": 7})
     ((picture, name, _),) = mlflow.of("log_image")
     assert (picture.shape, name) == ((4, 6, 3), "samples_test-000007.png")
     assert mlflow.calls[-1][0] == "end_run"
+
+
+def test_a_resumed_run_goes_on_in_mlflow_and_a_replaced_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)  # type: ignore[arg-type]
+    for folder in ("a", "a", "b"):
+        told_by("mlflow", tmp_path / folder)
+    first, second, third = (named for (named,) in mlflow.of("start_run"))
+    assert second == {"run_id": "id-0"}
+    assert first["tags"] != third["tags"]
 
 
 def test_a_tracking_server_of_ones_own_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ And a loop written here from the formulas, without Salon's policy, objective, cr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,17 @@ GRADIENT = {
 }
 
 
+@pytest.fixture(scope="module")
+def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with local_ray(tiny_config(Path("none"), tmp_path_factory.mktemp("ray"))):
+        yield
+
+
+@pytest.mark.usefixtures("_ray")
 @pytest.mark.parametrize("objective", ["grpo", "nft", "ppo", "dpo", "alignprop"])
 def test_cluster_run_equals_in_process_run_bit_for_bit(objective: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_model_folder, tmp_path, objective, **(GRADIENT if objective == "alignprop" else {}))
-    with local_ray(config):
-        summary = run_on_cluster(config)
+    summary = run_on_cluster(config)
     assert summary["steps"] == STEPS
     assert summary["max_staleness_seen"] == 0
     run = start_in_process(config)

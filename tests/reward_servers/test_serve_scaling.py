@@ -1,6 +1,6 @@
 """Scorers in a real Ray Serve: one goes from 1 to 3 replicas and back while another, and a run, notice nothing.
 
-The run has a real controller, ledger, vault and dispatcher, and timers in the place of models (benchmarks.stand_ins).
+The run trains the miniature model until it is stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from reward_servers.settings import ServerSettings
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TOKEN = "a-token-of-the-tests"
 QUICK = Scaling(max_replicas=3, target_images=8, up_after_s=0.2, down_after_s=1.0, look_back_s=1.0, report_s=0.2)
-STAND_INS = {"painter": "benchmarks.stand_ins:WaitingPainter", "learner": "benchmarks.stand_ins:WaitingLearner"}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -90,12 +89,12 @@ def row(name: str) -> dict[str, Any]:
     return next(each for each in listing() if each["name"] == name)
 
 
-def config_of(folder: Path) -> RunConfig:
-    """A run of timers whose jury is the deployed scorer `steady`, by its name."""
+def config_of(folder: Path, model: Path | str = "none") -> RunConfig:
+    """A run whose jury is the deployed scorer `steady`, by its name; it goes on until it is stopped."""
     return config_from_tree(
         {
-            "name": "beside", "runs_dir": str(folder), "model": {"path": "none"},
-            "prompts": {"source": "benchmarks.stand_ins:Prompts", "options": {"paint_s": 0.05, "update_s": 0.05}},
+            "name": "beside", "runs_dir": str(folder), "model": {"path": str(model)},
+            "prompts": {"source": "playground"}, "sampler": {"name": "ode", "steps": 2},
             "rollout": {"actors": 1, "groups_per_step": 2, "group_size": 4, "micro_batch": 4, "cpus_per_actor": 0.1},
             "scorers": [{"name": "steady", "urls": ["steady"]}],
             "objective": {"name": "nft"}, "learner": {"engine": "plain", "cpus_per_rank": 0.1},
@@ -140,18 +139,17 @@ class Load:
 
 
 def test_one_scorer_goes_from_1_to_3_replicas_and_back_and_neither_another_nor_a_run_notices(
-    serve: dict[str, str], tmp_path: Path
+    serve: dict[str, str], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     import ray
 
-    from cluster.controller import ControllerActor, Parts
+    from cluster.controller import ControllerActor
     from cluster.driver import worker_environment
 
-    config = config_of(tmp_path)
+    config = config_of(tmp_path, tiny_model_folder)
     assert check_deployed(config).errors == []
-    controller = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)}).remote(
-        config, Parts(**STAND_INS)
-    )
+    environment = {"env_vars": worker_environment(config)}
+    controller = ControllerActor.options(runtime_env=environment).remote(config, None)
     summary = controller.run.remote()
 
     def step() -> int:
