@@ -5,7 +5,7 @@ bracket, so what a crash leaves opens as well. Spans of one lane that overlap (a
 the next; a scorer answers several requests) get rows of their own within the lane.
 
 Invariants: the files never hold more than `limit_mb` together, the newest part is kept (trace.json and, before it,
-trace-older.json); nothing that fails here reaches the run.
+trace-older.json); nothing that fails here reaches the run. What finds no room is lost, and the trace goes on behind it.
 Does not own: what spans are made of (contracts/spans.py), who measures them.
 """
 
@@ -15,15 +15,20 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from cluster.telemetry.appending import AppendingFile
 from contracts.spans import wall_clock
 from contracts.wire import Span
 
 TRACE, OLDER = "trace.json", "trace-older.json"
 FLUSH_S = 1.0
+FLUSH_CHARACTERS = 2**16
+HEAD, END = b"[\n", b"{}]\n"
 MAX_TEXT = 200
 """Longest text of an argument: a stack in an error message would fill the trace."""
 
@@ -38,15 +43,17 @@ class Trace:
         self._folder, self._limit = folder, int(limit_mb * 2**20) // 2
         self._lanes: dict[str, _Lane] = {}
         self._lock = threading.Lock()
-        self._file: TextIO | None = None
-        self._written, self._flushed = 0, 0.0
+        self._file: AppendingFile | None = None  # None: the next flush begins one
+        self._lines: list[str] = []
+        self._waiting, self._written, self._flushed = 0, 0, 0.0
+        self._loses = False
         if folder is not None:
             with self._lock:
-                self._rotate()
+                self._flush()
 
     def add(self, spans: Iterable[Span], **args: Any) -> None:
         """Spans that have ended; args are shown with each (group, version, step)."""
-        if self._file is None:
+        if self._folder is None:
             return
         shown = json.dumps(args, default=str)  # once for all of them: this is what a step does most often
         with self._lock:
@@ -55,36 +62,32 @@ class Trace:
 
     def ended(self, lane: str, name: str, seconds: float) -> None:
         """A span of this process that has just ended."""
-        if self._file is not None:
+        if self._folder is not None:
             self.add((Span(lane=lane, name=name, start=wall_clock() - seconds, seconds=seconds),))
 
     def instant(self, lane: str, name: str, args: dict[str, Any]) -> None:
         """Something that happened at once."""
-        if self._file is None:
+        if self._folder is None:
             return
         shown = {key: _short(value) for key, value in args.items() if isinstance(value, str | int | float)}
         with self._lock:
             process = self._lane(lane).number
-            self._write(
-                {"ph": "i", "s": "p", "name": name, "pid": process, "tid": 0, "ts": _micro(wall_clock()), "args": shown}
-            )
+            mark = {"ph": "i", "s": "p", "name": name, "pid": process, "tid": 0, "ts": _micro(wall_clock())}
+            self._write_line(_json({**mark, "args": shown}))
 
     def close(self) -> None:
         """Close the array and the file."""
         with self._lock:
-            if self._file is not None:
-                try:
-                    self._file.write("{}]\n")
-                    self._file.close()
-                except OSError as error:
-                    log.warning("the trace ends early: %s", error)
-                self._file = None
+            if self._folder is not None:
+                self._flush()
+                self._end_file()
+                self._folder = None
 
     def _span(self, span: Span, args: str) -> None:
         lane = self._lane(span.lane)
         row, is_new = lane.row_for(span)
         if is_new and row > 0:
-            self._name_row(lane, row)
+            self._write_line(_row_name(lane, row))
         self._write_line(
             f'{{"ph":"X","name":{json.dumps(span.name)},"pid":{lane.number},"tid":{row},"ts":{_micro(span.start)},'
             f'"dur":{_micro(span.seconds)},"args":{args}}}'
@@ -94,57 +97,59 @@ class Trace:
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = _Lane(name, len(self._lanes) + 1)
-            self._name_lane(lane)
+            for line in _names(lane):
+                self._write_line(line)
         return lane
 
-    def _name_lane(self, lane: _Lane) -> None:
-        about = {"ph": "M", "pid": lane.number}
-        self._write({**about, "name": "process_name", "args": {"name": lane.name}})
-        self._write({**about, "name": "process_sort_index", "args": {"sort_index": _order(lane.name)}})
-        self._name_row(lane, 0)
-
-    def _name_row(self, lane: _Lane, row: int) -> None:
-        name = lane.name if row == 0 else f"{lane.name} ({row + 1})"
-        self._write({"ph": "M", "pid": lane.number, "tid": row, "name": "thread_name", "args": {"name": name}})
-
-    def _write(self, event: dict[str, Any]) -> None:
-        self._write_line(json.dumps(event, separators=(",", ":"), default=str))
-
     def _write_line(self, event: str) -> None:
-        if self._file is None:
-            return
+        self._lines.append(f"{event},\n")
+        self._waiting += len(event) + 2
+        if self._waiting > min(FLUSH_CHARACTERS, self._limit // 4) or time.monotonic() - self._flushed > FLUSH_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        """What waits goes into the file, or is lost; a new file when this one has its size."""
+        self._flushed = time.monotonic()
         try:
-            self._written += self._file.write(event + ",\n")
-            now = wall_clock()
-            if now - self._flushed > FLUSH_S:
-                self._file.flush()
-                self._flushed = now
-            if self._written > self._limit:
-                self._rotate()
+            if self._file is None or self._written + self._waiting > self._limit:
+                self._begin_file()
+            if self._loses:
+                self._append(self._all_names())  # they may be lost as well
+            self._append("".join(self._lines).encode())
+            if self._loses:
+                log.warning("the trace goes on")
+            self._loses = False
         except OSError as error:
-            log.warning("the trace ends here: %s", error)
+            if not self._loses:
+                log.warning("the trace loses spans until it can be written: %s", error)
+            self._loses = True
+        self._lines.clear()
+        self._waiting = 0
+
+    def _begin_file(self) -> None:
+        """What was trace.json (of this process or an earlier one) becomes the older part. Raises OSError."""
+        assert self._folder is not None
+        self._end_file()
+        path = self._folder / TRACE
+        if path.exists() and path.stat().st_size:  # an empty one found no room and must not replace the older part
+            os.replace(path, self._folder / OLDER)
+        self._file, self._written = AppendingFile(path), 0
+        self._append(self._all_names())
+
+    def _end_file(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # a reader does without
+                self._append(END)
+            self._file.close()
             self._file = None
 
-    def _rotate(self) -> None:
-        """Begin a file; what was trace.json (of this process or an earlier one) is the older part."""
-        assert self._folder is not None
-        path = self._folder / TRACE
-        try:
-            if self._file is not None:
-                self._file.write("{}]\n")
-                self._file.close()
-            if path.exists():
-                os.replace(path, self._folder / OLDER)
-            self._file = path.open("w", encoding="utf-8")
-            self._written = self._file.write("[\n")
-        except OSError as error:
-            log.warning("no trace: %s", error)
-            self._file = None
-            return
-        for lane in self._lanes.values():
-            self._name_lane(lane)
-            for row in range(1, len(lane.ends)):
-                self._name_row(lane, row)
+    def _append(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.append(data, HEAD)
+        self._written += len(data)
+
+    def _all_names(self) -> bytes:
+        return "".join(f"{line},\n" for lane in self._lanes.values() for line in _names(lane)).encode()
 
 
 class _Lane:
@@ -163,6 +168,25 @@ class _Lane:
                 return row, False
         self.ends.append(end)
         return len(self.ends) - 1, True
+
+
+def _names(lane: _Lane) -> list[str]:
+    """Events that tell a viewer what the lane and its rows are called, and where it stands."""
+    about = {"ph": "M", "pid": lane.number}
+    return [
+        _json({**about, "name": "process_name", "args": {"name": lane.name}}),
+        _json({**about, "name": "process_sort_index", "args": {"sort_index": _order(lane.name)}}),
+        *(_row_name(lane, row) for row in range(max(1, len(lane.ends)))),
+    ]
+
+
+def _row_name(lane: _Lane, row: int) -> str:
+    name = lane.name if row == 0 else f"{lane.name} ({row + 1})"
+    return _json({"ph": "M", "pid": lane.number, "tid": row, "name": "thread_name", "args": {"name": name}})
+
+
+def _json(event: dict[str, Any]) -> str:
+    return json.dumps(event, separators=(",", ":"), default=str)
 
 
 def _order(lane: str) -> int:

@@ -40,6 +40,8 @@ class RunCredit:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of state_dict. Raises ConfigError for the state of another rule, unless that rule kept none."""
+        if not state:  # of a run folder of format 1: nothing was kept then
+            return
         written, name = state["aggregation"], self.aggregation.config.name
         if written["name"] == name:
             self.aggregation.load_state_dict(written["state"])

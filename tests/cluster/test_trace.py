@@ -15,6 +15,7 @@ from cluster.telemetry.trace import OLDER, TRACE, Trace
 from contracts.spans import SpanLog, wall_clock
 from contracts.wire import Span
 from tests.cluster.made_up_run import config_of
+from tests.cluster.small_disk import fill, small_disk
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -86,14 +87,35 @@ def test_its_size_is_bounded_and_the_newest_is_kept(tmp_path: Path) -> None:
 def test_what_a_crash_leaves_opens_and_the_next_process_keeps_it(tmp_path: Path) -> None:
     crashed = Trace(tmp_path)
     crashed.add([span("actor-0", 1.0, 1.0)])
-    assert crashed._file is not None
-    crashed._file.flush()
+    crashed._flush()
     assert len(read(tmp_path / TRACE)) == 4
     Trace(tmp_path).close()
     assert len(read(tmp_path / OLDER)) == 4
 
 
-def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
+def test_the_trace_goes_on_when_a_full_disk_has_room_again(tmp_path: Path) -> None:
+    """What found no room is missing; what stands there is whole, and every lane has its name."""
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        trace = Trace(disk)
+        trace.add([span("actor-0", 1.0, 1.0)], group=1)
+        trace._flush()
+        room = fill(disk)
+        for index in range(2000):
+            trace.add([span("actor-1", float(index), 0.5)], group=2)
+        trace._flush()
+        full = read(disk / TRACE)
+        room.unlink()
+        trace.add([span("actor-1", 9000.0, 1.0)], group=3)
+        trace.close()
+        events = read(disk / TRACE)
+    groups = [event["args"]["group"] for event in events if event["ph"] == "X"]
+    assert [event["args"]["group"] for event in full if event["ph"] == "X"] == groups[:-1]
+    assert (groups[0], groups[-1]) == (1, 3)
+    assert groups.count(2) < 2000
+    assert set(lanes(events)) == {"actor-0", "actor-1"}
+
+
+def test_a_trace_that_has_no_folder_is_no_error(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "missing" / "folder")
     trace.add([span("actor-0", 1.0, 1.0)])
     trace.instant("controller", "x", {})

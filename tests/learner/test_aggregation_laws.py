@@ -150,6 +150,13 @@ def test_the_state_of_one_rule_is_not_taken_for_anothers() -> None:
     RunCredit(make("gdpo"), _Nothing()).load_state_dict(RunCredit(make("win_rate"), _Nothing()).state_dict())
 
 
+def test_a_run_of_before_there_was_state_begins_with_a_fresh_one() -> None:
+    fresh = RunCredit(make("constrained"), _Nothing())
+    before = fresh.state_dict()
+    fresh.load_state_dict({})
+    assert fresh.state_dict() == before
+
+
 class _Nothing:
     """An advantage entry without state."""
 
