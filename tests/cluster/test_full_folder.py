@@ -188,7 +188,7 @@ def test_a_run_on_a_disk_that_gets_full_waits_or_stops_and_goes_on_when_there_is
         ballast.unlink()
         waited = steps_of(config)
         wait_for(lambda: steps_of(config) >= waited + 2, result)
-        assert events(config, "vaults_have_room")
+        wait_for(lambda: events(config, "vaults_have_room"), result)
 
         ballast = fill(disk)
         with pytest.raises(ray.exceptions.RayTaskError) as stopped:

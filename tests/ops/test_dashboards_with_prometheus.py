@@ -62,7 +62,7 @@ def run_config(model: Path, folder: Path, judge: str) -> RunConfig:
     online = [{"name": "adversarial_dino", "scorer": "real", "references": references, "per_prompt": False}]
     return tiny_config(
         model, folder / "runs", name="watched", scorers=scorers, online=online, objective__kl_beta=0.01,
-        pipeline__max_staleness=1, eval__before=True, stop__steps=30,
+        pipeline__max_staleness=1, eval__before=True, stop__steps=60,
     )  # fmt: skip
 
 
