@@ -4,8 +4,9 @@
   default, which is the demo's): rows read from memory, micro-batches assembled, the objective, clipping, AdamW,
   snapshots, metrics, report.
 - bare: the same forwards and backwards of the same inputs in a plain loop, one product with a fixed tensor in place
-  of the objective, clip_grad_norm_, AdamW, zero_grad. The same for both engines: torch alone, so that what DeepSpeed
-  does besides counts as overhead, and so does the objective's own arithmetic.
+  of the objective, and a step. Of torch alone: clip_grad_norm_, AdamW, zero_grad. Of DeepSpeed alone: its engine's
+  backward and step, which clips. The objective's own arithmetic counts as overhead; against torch alone so does all
+  that DeepSpeed does besides, which its own loop shows to be DeepSpeed's.
 
 `nft` makes two no-grad passes beside each differentiated one (old and reference policy); so does its bare loop. The
 model is the playground's at full size with random weights, on one thread. Pairs are interleaved, the first of a pair in
@@ -22,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from benchmarks.measuring import interleaved, median, one_thread, ratios
 TARGET = 1.08
 GROUPS, GROUP_SIZE, MICRO_BATCH, STEPS = 2, 8, 8, 4
 OBJECTIVES: dict[str, dict[str, Any]] = {"grpo": {"name": "grpo"}, "nft": {"name": "nft", "draws": 3}}
-ENGINES = ("plain", "deepspeed")
+PAIRS = (("plain", "torch"), ("deepspeed", "deepspeed"), ("deepspeed", "torch"))
+"""(the learner's engine, what the bare loop is made of)"""
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,20 @@ class Call:
 
 
 def run(repeats: int = 15) -> dict[str, Any]:
-    """Rows by engine and objective: ratio learner/bare by wall and CPU time (median, low, high), seconds, target."""
+    """Rows by engine, bare loop and objective: learner/bare, wall and CPU (median, low, high), seconds, target."""
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         _save_model(Path(folder))
-        rows = [_measure(name, engine, folder, repeats) for engine in ENGINES for name in OBJECTIVES]
+        rows = [_measure(name, engine, bare, folder, repeats) for engine, bare in PAIRS for name in OBJECTIVES]
     return {"repeats": repeats, "target": TARGET, "rows": rows}
 
 
-def _measure(name: str, engine: str, folder: str, repeats: int) -> dict[str, Any]:
-    update, bare, forwards = _pair(name, engine, folder)
+def _measure(name: str, engine: str, made_of: str, folder: str, repeats: int) -> dict[str, Any]:
+    update, bare, forwards = _pair(name, engine, made_of, folder)
     pairs = interleaved(update, bare, repeats)
     return {
         "objective": name,
         "engine": engine,
+        "bare": made_of,
         "forwards": forwards,
         "wall": median(ratios(pairs["wall"])),
         "cpu": median(ratios(pairs["cpu"])),
@@ -67,7 +71,7 @@ def _measure(name: str, engine: str, folder: str, repeats: int) -> dict[str, Any
     }
 
 
-def _pair(name: str, engine: str, folder: str) -> tuple[Callable[[], None], Callable[[], None], int]:
+def _pair(name: str, engine: str, made_of: str, folder: str) -> tuple[Callable[[], None], Callable[[], None], int]:
     """(the learner's update, the bare loop over the calls it made, number of forwards)."""
     import torch
 
@@ -99,23 +103,40 @@ def _pair(name: str, engine: str, folder: str) -> tuple[Callable[[], None], Call
         learner.update(job, fetch, embeddings.__getitem__)
 
     calls = _recorded(learner, update)
-    twin = RankLearner(_config(name, "plain", folder), 0, 1)
-    parameters = list(twin.policy.trainable().values())
-    settings = config.learner.optimizer
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+    twin = RankLearner(_config(name, "plain" if made_of == "torch" else made_of, folder), 0, 1)
+    forward, backward, step = _of_torch(twin, config.learner.optimizer) if made_of == "torch" else _of_deepspeed(twin)
 
     def bare() -> None:
         for call in calls:
             if call.cotangent is None:
                 with torch.no_grad():
-                    twin.policy.velocity(call.x, call.s, call.cond)
+                    forward(call.x, call.s, call.cond)
             else:
-                (twin.policy.velocity(call.x, call.s, call.cond) * call.cotangent).sum().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                backward((forward(call.x, call.s, call.cond) * call.cotangent).sum())
+        step()
+
+    return update, bare, len(calls)
+
+
+def _of_torch(twin: Any, settings: Any) -> tuple[Callable[..., Any], Callable[[Any], Any], Callable[[], None]]:
+    """(forward, backward, step) of torch alone."""
+    import torch
+
+    parameters = list(twin.policy.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-    return update, bare, len(calls)
+    return twin.policy.velocity, torch.Tensor.backward, step
+
+
+def _of_deepspeed(twin: Any) -> tuple[Callable[..., Any], Callable[[Any], Any], Callable[[], None]]:
+    """(forward, backward, step) of DeepSpeed's engine alone; its step drops the gradients."""
+    engine = twin.engine._deepspeed
+    return partial(twin.policy.velocity, module=engine), engine.backward, engine.step
 
 
 def _recorded(learner: Any, update: Callable[[], None]) -> list[Call]:
@@ -164,14 +185,14 @@ def _save_model(folder: Path) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
-    columns = ("engine", "objective", "forwards", "wall, update / bare", "95 % interval", "CPU", "95 % interval",
-               "update, s", "bare, s")  # fmt: skip
-    lines = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * 7}"]
+    columns = ("engine", "bare loop", "objective", "forwards", "wall, update / bare", "95 % interval", "CPU",
+               "95 % interval", "update, s", "bare, s")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|---|---|---|{'---:|' * 7}"]
     for row in result["rows"]:
         wall, cpu = row["wall"], row["cpu"]
         lines.append(
-            f"| {row.get('engine', 'plain')} "  # results of before DeepSpeed was measured name none
-            f"| {row['objective']} | {row['forwards']} | {wall['median']:.3f} | {wall['low']:.3f} – {wall['high']:.3f} "
+            f"| {row['engine']} | {row.get('bare', 'torch')} | {row['objective']} "
+            f"| {row['forwards']} | {wall['median']:.3f} | {wall['low']:.3f} – {wall['high']:.3f} "
             f"| {cpu['median']:.3f} | {cpu['low']:.3f} – {cpu['high']:.3f} "
             f"| {row['update_seconds']:.3f} | {row['bare_seconds']:.3f} |"
         )
