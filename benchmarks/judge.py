@@ -2,7 +2,8 @@
 
 16 callers either put yes/no questions about images to a Judge (picture encoded, cache asked, circuit, answer checked
 and read as a probability), or post with httpx the very requests that the Judge sent for them and drop the answers.
-Both sides ask about the same distinct images, in pairs that begin with one and the other in turn; nobody caches.
+Both sides ask about the same distinct images, SLICE at a time, one side after the other and then in the other order, so
+that a machine whose speed changes in the midst of it changes both; nobody caches.
 
 Two endpoints. A stand-in with the speed of a small vLLM on two cores (judge_endpoint.py), whose processor time is
 known; with SALON_BENCH_JUDGE=http://host:port it is that server and its first model. And a real vLLM, started as
@@ -36,11 +37,13 @@ from reward_servers.judging.question import Picture
 from reward_servers.judging.vllm import VllmServer, VllmSettings, find_device, find_python
 
 TARGET = 0.9
+SIDES = ("bare", "through")
 CALLERS = 16
 SIZE = 64
 DEVICE_S = 0.008
-VLLM_ROUNDS = 4
-"""Times the questions are put to vLLM: its batches make a few seconds too uneven to compare."""
+SLICE = 64
+ROUNDS = 4
+"""Times a repeat puts its questions to each side, a slice of theirs and a slice of ours in turn."""
 ENDPOINT_ENV = "SALON_BENCH_JUDGE"
 MODEL = Path(__file__).parents[1] / "playground" / "judge"
 VLLM_ARGUMENTS = (
@@ -59,7 +62,7 @@ def run(repeats: int = 10, questions: int = 256) -> dict[str, Any]:
     return {
         "repeats": repeats, "target": TARGET, "endpoint": "given" if os.environ.get(ENDPOINT_ENV) else "stand-in",
         "callers": CALLERS, "questions": questions, "pixels": SIZE * SIZE, **figures,
-        "vllm": asyncio.run(_with_vllm(np.concatenate([images] * VLLM_ROUNDS), repeats)),
+        "vllm": asyncio.run(_with_vllm(images, repeats)),
     }  # fmt: skip
 
 
@@ -81,22 +84,23 @@ async def _compared(url: str, model: str, images: np.ndarray, repeats: int, toke
     options = JudgeOptions(urls=(url,), model=model, concurrency=CALLERS, cache_entries=0, min_mass=0.0)
     through: list[float] = []
     bare: list[float] = []
-    cpu: dict[str, float] = {}
     cpu_ms: list[float] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=CALLERS)
     bare_client = httpx.AsyncClient(timeout=60, trust_env=False, limits=limits)
     async with Judge(options, token=token) as judge, bare_client as http:
         requests = await _requests(judge, images)
         await _bare(http, requests)
-        for repeat in range(repeats):
-            for side in ("bare", "through") if repeat % 2 == 0 else ("through", "bare"):
-                started = time.process_time()
-                if side == "bare":
-                    bare.append(await _bare(http, requests))
-                else:
-                    through.append(await _through(judge, images))
-                cpu[side] = time.process_time() - started
-            cpu_ms.append(1000 * (cpu["through"] - cpu["bare"]) / len(images))
+        for _ in range(repeats):
+            wall, cpu = dict.fromkeys(SIDES, 0.0), dict.fromkeys(SIDES, 0.0)
+            for side, part in _slices(len(images)):
+                started, began = time.process_time(), time.perf_counter()
+                await (_bare(http, requests[part]) if side == "bare" else _through(judge, images[part]))
+                wall[side] += time.perf_counter() - began
+                cpu[side] += time.process_time() - started
+            asked = ROUNDS * len(images)
+            bare.append(asked / wall["bare"])
+            through.append(asked / wall["through"])
+            cpu_ms.append(1000 * (cpu["through"] - cpu["bare"]) / asked)
     return {
         "log_probs": "ids" if "logprob_token_ids" in json.loads(requests[-1].content) else "top",
         "per_second_bare": median(bare), "per_second_through": median(through), "added_cpu_ms": median(cpu_ms),
@@ -118,41 +122,47 @@ async def _requests(judge: Judge, images: np.ndarray) -> list[httpx.Request]:
     sent.clear()
     await _through(judge, images)
     judge._http.event_hooks = hooks
-    assert len(sent) == len(images), "one request a question: none was repeated"
+    assert len(sent) == len(images), f"some were repeated, which must not be measured: {judge.stats}"
     return sent
 
 
-async def _through(judge: Judge, images: np.ndarray) -> float:
-    """Questions a second put to the layer."""
+def _slices(number: int) -> Iterator[tuple[str, slice]]:
+    """(side, which questions) of a repeat, in order."""
+    for round_ in range(ROUNDS):
+        for index, first in enumerate(range(0, number, SLICE)):
+            for side in SIDES if (round_ + index) % 2 == 0 else SIDES[::-1]:
+                yield side, slice(first, first + SLICE)
+
+
+async def _through(judge: Judge, images: np.ndarray) -> None:
+    """Questions put to the layer."""
     protocol = YesNo()
 
     async def ask(image: np.ndarray) -> None:
         await protocol.ask(judge, "a red circle", [Picture(image)])
 
-    return await _per_second(ask, images)
+    await _all(ask, images)
 
 
-async def _bare(http: httpx.AsyncClient, requests: Sequence[httpx.Request]) -> float:
-    """Requests a second sent again as they are."""
+async def _bare(http: httpx.AsyncClient, requests: Sequence[httpx.Request]) -> None:
+    """Requests sent again as they are."""
 
     async def send(request: httpx.Request) -> None:
         answer = await http.post(request.url, content=request.content, headers=request.headers)
         assert answer.status_code == 200, answer.text
 
-    return await _per_second(send, requests)
+    await _all(send, requests)
 
 
-async def _per_second(work: Callable[[Any], Awaitable[None]], items: Sequence[Any] | np.ndarray) -> float:
-    """Items a second that CALLERS at once get done."""
+async def _all(work: Callable[[Any], Awaitable[None]], items: Sequence[Any] | np.ndarray) -> None:
+    """Every item, CALLERS at once."""
     waiting = iter(items)
 
     async def caller() -> None:
         for item in waiting:
             await work(item)
 
-    start = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(CALLERS)))
-    return len(items) / (time.perf_counter() - start)
 
 
 @contextmanager
@@ -176,7 +186,8 @@ def _endpoint() -> Iterator[str]:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
-    lines = [f"| {result['callers']} callers, {result['questions']} questions a repeat | median | 95 % interval |"]
+    asked = f"{result['questions']} questions {ROUNDS} times a repeat"
+    lines = [f"| {result['callers']} callers, {asked} | median | 95 % interval |"]
     lines.append("|---|---:|---:|")
     lines += _rows(f"{result['endpoint']} endpoint", result)
     vllm = result.get("vllm")  # results of before it was measured have none

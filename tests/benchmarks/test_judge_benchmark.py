@@ -21,7 +21,7 @@ def test_both_sides_send_the_same_requests_with_log_probs_by_id_where_the_server
     with judging(lambda body: leans({"yes": 0.6, "no": 0.3}, body)) as fake:
         figures = asyncio.run(judge._compared(fake.url, "judge", images, repeats=2, token="key"))
     assert figures["log_probs"] == "ids"
-    learnt, rounds = 1, 6  # captured, bare once to warm up, then twice both ways
+    learnt, rounds = 1, 2 + 2 * 2 * judge.ROUNDS  # captured, bare once to warm up, then two repeats of both sides
     assert len(fake.bodies) == learnt + rounds * len(images)
     assert set(fake.authorisations) == {"Bearer key"}
     told = {str(sorted(body.items())) for body in fake.bodies}
