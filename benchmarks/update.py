@@ -191,7 +191,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         wall, cpu = row["wall"], row["cpu"]
         lines.append(
-            f"| {row['engine']} | {row.get('bare', 'torch')} | {row['objective']} "
+            f"| {row['engine']} | {row['bare']} | {row['objective']} "
             f"| {row['forwards']} | {wall['median']:.3f} | {wall['low']:.3f} – {wall['high']:.3f} "
             f"| {cpu['median']:.3f} | {cpu['low']:.3f} – {cpu['high']:.3f} "
             f"| {row['update_seconds']:.3f} | {row['bare_seconds']:.3f} |"
