@@ -24,7 +24,8 @@ ROLLOUT = {
 }  # fmt: skip
 UPDATE = {
     "repeats": 15, "target": 1.08,
-    "rows": [{"engine": "plain", "bare": "torch", "objective": "grpo", "forwards": 6, "wall": ROW, "cpu": ROW, "update_seconds": 0.5, "bare_seconds": 0.4}],
+    "rows": [{"engine": "plain", "bare": "torch", "objective": "grpo", "forwards": 6, "wall": ROW, "cpu": ROW,
+              "update_seconds": 0.5, "bare_seconds": 0.4}],
 }  # fmt: skip
 
 
