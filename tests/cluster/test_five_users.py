@@ -1,6 +1,7 @@
 """The five thin users of the contracts as whole runs: Ray, HTTP, ledger, vault, learner, weights back to the actors.
 
-Two steps each on the miniature model, all on one local Ray. What they learn is another test's subject.
+Two steps each on the miniature model, all on one local Ray. What they learn is another test's subject. Law 2's test
+takes the five through the cluster, too, so those marked `long` are left to `make test LONG=yes`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def proven_versions(config: RunConfig) -> set[int]:
     return {event["version"] for event in events(config, "weights_proven")}
 
 
-@pytest.mark.parametrize("objective", ["grpo", "nft"])
+@pytest.mark.parametrize("objective", ["grpo", pytest.param("nft", marks=pytest.mark.long)])
 def test_online_methods_with_groups_one_step_old(objective: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_model_folder, tmp_path, objective, pipeline__max_staleness=1, eval__before=True, stop__steps=3,
@@ -91,6 +92,7 @@ def test_dpo_from_a_file_of_pairs(tiny_model_folder: Path, tmp_path: Path) -> No
     assert set(books.discarded_by_reason) <= {DiscardReason.RUN_END.value}, "labels need no jury"
 
 
+@pytest.mark.long
 def test_alignprop_follows_a_gradient_over_http(tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_model_folder, tmp_path, "alignprop", stop__steps=2, sampler__name="ode",
