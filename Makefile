@@ -13,7 +13,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 SALON_CONSTRAINTS ?= constraints-cpu.txt
-WORKERS ?= 2
+WORKERS ?= 3
 LONG ?= no
 VLLM ?= yes
 CONFIG ?= configs/demo.yaml

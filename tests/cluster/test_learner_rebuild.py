@@ -116,7 +116,7 @@ def test_a_guard_stops_the_run_though_a_rank_is_lost_in_its_save(tmp_path: Path)
 
 
 def two_ranks(model: Path, folder: Path, name: str, zero_stage: int | None) -> RunConfig:
-    learner = {**engine_section(zero_stage), "ranks": 2, "hang_timeout_s": 40.0, "optimizer": {"lr": 1e-3}}
+    learner = {**engine_section(zero_stage), "ranks": 2, "hang_timeout_s": 25.0, "optimizer": {"lr": 1e-3}}
     return tiny_config(
         model, folder, name=name, learner=learner, checkpoint__every_steps=2, eval__num_prompts=1, stop__steps=STEPS
     )

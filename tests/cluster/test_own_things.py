@@ -216,6 +216,7 @@ def test_an_adapter_on_prompts_with_metadata(desk: Desk, adapter_run: subprocess
     assert desk.rows("adapter")[-1]["score_outcomes_total/contrast/ok"] > 0, "the function read each row's metadata"
 
 
+@pytest.mark.long
 def test_eval_of_a_run_and_of_its_export_agrees_with_the_run(desk: Desk, pipeline: Path) -> None:
     of_run = desk.type("eval", "runs/own", "--json")
     assert of_run.returncode == 0, of_run.stderr
