@@ -13,7 +13,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 SALON_CONSTRAINTS ?= constraints-cpu.txt
-WORKERS ?= 3
+WORKERS ?= 2
 LONG ?= no
 VLLM ?= yes
 CONFIG ?= configs/demo.yaml

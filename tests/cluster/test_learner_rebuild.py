@@ -30,12 +30,13 @@ def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.mark.long  # law 6 strikes ranks, too, and law 3 compares what engines load
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_ray")
 @pytest.mark.parametrize(
     "zero_stage",
-    [pytest.param(None, id="ddp", marks=pytest.mark.long), pytest.param(2, id="zero2", marks=needs_deepspeed)],
+    [pytest.param(None, id="ddp"), pytest.param(2, id="zero2", marks=needs_deepspeed)],
 )
 def test_killed_and_hung_ranks_cost_a_rebuild_and_no_bit(
     zero_stage: int | None, tiny_model_folder: Path, tmp_path: Path
