@@ -2,7 +2,7 @@
 #
 # PYTHON             the interpreter that makes .venv (3.11 or newer)
 # SALON_CONSTRAINTS  pip constraints; constraints-cpu.txt unless set, empty for none
-# WORKERS            processes that run the tests: they wait more than they compute
+# WORKERS            processes that run the tests; more than there are cores are no faster
 # LONG               yes: `make test` runs the long variants of tests too
 # VLLM               no: `make test` does not install vLLM's CPU build (0.5 GB fetched, 2.5 GB kept in .cache)
 # CONFIG, ARGS       `make demo CONFIG=configs/playground_grpo.yaml ARGS="seed=1 stop.steps=5"`

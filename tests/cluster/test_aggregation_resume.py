@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from safetensors.numpy import load_file
 
 from cluster.checkpoints.layout import Checkpoint, list_whole
-from cluster.controller import ControllerActor
-from cluster.driver import worker_environment
 from cluster.evaluate import LocalJury, make_source
 from cluster.inprocess import InProcessRun
 from cluster.step import make_credit
@@ -25,7 +22,7 @@ from contracts.config import RunConfig
 from tests.cluster.whole_run import folder_of, rows, shared_ray
 from tests.laws.exact_stand_ins import ExactLearner, ExactPainter
 from tests.laws.run_driver import EXACT
-from tests.laws.run_kit import tiny_config
+from tests.laws.run_kit import run_on_cluster, tiny_config
 
 STOP, END = 3, 6
 RULES: dict[str, dict[str, Any]] = {
@@ -56,9 +53,7 @@ def config_of(folder: Path, name: str, stop: int) -> RunConfig:
 
 def controlled(config: RunConfig, resume: bool) -> Checkpoint:
     """The run through its controller, to its end; its last checkpoint."""
-    environment = {"env_vars": worker_environment(config)}
-    controller = ControllerActor.options(runtime_env=environment).remote(config, EXACT, resume)
-    summary = ray.get(controller.run.remote())
+    summary = run_on_cluster(config, EXACT, resume)
     assert (summary["outcome"], summary["steps"]) == ("finished", config.stop.steps)
     return list_whole(folder_of(config) / "checkpoints")[-1]
 
@@ -89,7 +84,9 @@ def _ray() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize("name", ["constrained", pytest.param("confidence_mix", marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "constrained" else pytest.mark.long) for name in RULES]
+)
 def test_stopped_and_resumed_a_rule_goes_on_with_its_state(name: str, tmp_path: Path) -> None:
     straight = Undisturbed(config_of(tmp_path, name, END))
     halfway = controlled(config_of(tmp_path, name, STOP), resume=False)

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.controller import ControllerActor
-from cluster.driver import worker_environment
 from cluster.inprocess import start_in_process
 from contracts.config import RunConfig
 from tests.cluster.whole_run import check_finished, folder_of, rows, shared_ray
-from tests.laws.run_kit import events, state_tensors, tiny_config
+from tests.laws.run_kit import controller_of, events, state_tensors, tiny_config
 
 STEPS = 3
 DURING = {"eval__every_steps": 1, "eval__during_prompts": 3, "stop__steps": STEPS}
@@ -29,8 +27,7 @@ def cluster() -> Iterator[None]:
 
 def run_and_watch(config: RunConfig) -> tuple[dict[str, Any], list[tuple[float | None, int | None]]]:
     """The summary, and what the display was given until the end: accuracies, and the steps that they are of."""
-    options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})  # type: ignore[attr-defined]
-    controller = options.remote(config, None)
+    controller = controller_of(config)
     result, seen = controller.run.remote(), []
     while not ray.wait([result], timeout=0.1)[0]:
         status = ray.get(controller.status.remote())

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.controller import ControllerActor, Parts
-from cluster.driver import train, worker_environment
+from cluster.controller import Parts
+from cluster.driver import train
 from cluster.evaluate import EvalPlan
 from cluster.report.samples import read_samples, show_samples
 from cluster.run_folder import RunFolder
@@ -37,7 +37,7 @@ from tests.cluster.whole_run import (
     timed_run,
     wait_for,
 )
-from tests.laws.run_kit import events
+from tests.laws.run_kit import controller_of, events
 
 PARTS = Parts(PAINTER, LEARNER)
 
@@ -162,8 +162,7 @@ def test_a_summary_that_cannot_be_written_ends_the_run_with_one_message(tmp_path
 
 
 def begin(config: RunConfig, resume: bool = False) -> Any:
-    options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})  # type: ignore[attr-defined]
-    return options.remote(config, PARTS, resume).run.remote()
+    return controller_of(config, PARTS, resume).run.remote()
 
 
 def steps_of(config: RunConfig) -> int:

@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.controller import ControllerActor, Parts
-from cluster.driver import worker_environment
+from cluster.controller import Parts
 from contracts.config import RunConfig
 from tests.cluster.frail_parts import LOSES_AT, SHORT_AT
 from tests.cluster.whole_run import (
@@ -31,7 +30,7 @@ from tests.cluster.whole_run import (
     timed_run,
     wait_for,
 )
-from tests.laws.run_kit import events, run_on_cluster
+from tests.laws.run_kit import controller_of, events, run_on_cluster
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,8 +62,7 @@ def test_a_run_outlives_a_hung_dispatcher_a_hung_full_vault_and_lost_bytes(tmp_p
     config = timed_run(
         tmp_path, "frail", cluster={"hang_timeout_s": 6.0}, vault={"disk_mb": 1}, checkpoint={"every_steps": 1000}
     )
-    options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})  # type: ignore[attr-defined]
-    controller = options.remote(config, Parts(PAINTER, "tests.cluster.frail_parts:LosingLearner"))
+    controller = controller_of(config, Parts(PAINTER, "tests.cluster.frail_parts:LosingLearner"))
     result = controller.run.remote()
     stopped = []
     metrics = folder_of(config) / "metrics.jsonl"

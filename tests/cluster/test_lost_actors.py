@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from cluster.controller import ControllerActor, Parts
-from cluster.driver import worker_environment
+from cluster.controller import Parts
 from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
-from tests.laws.run_kit import events, local_ray
+from tests.laws.run_kit import controller_of, events, local_ray
 
 TIMERS = Parts("benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner")
 STEPS = 8
@@ -51,8 +50,7 @@ def run_and_signal(config: RunConfig, actor: str, number: int) -> dict[str, Any]
     """The run's summary; `actor` gets the signal in the middle of the second step's update."""
     import ray
 
-    environment = {"env_vars": worker_environment(config)}
-    controller: Any = ControllerActor.options(runtime_env=environment).remote(config, TIMERS)  # type: ignore[attr-defined]
+    controller = controller_of(config, TIMERS)
     result = controller.run.remote()
     rows = Path(config.runs_dir) / config.name / "metrics.jsonl"
     while not rows.is_file() or not rows.read_text():

@@ -108,20 +108,8 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         kept = {"books": books_of(config), "checkpoint": newest_whole(folder_of(config) / "checkpoints")[0],
                 "events": events(config, "online_version")}  # fmt: skip
         longer = online_config(root, trainer, stop__steps=STEPS + 1)
-        second = resume_on_cluster(longer)
+        second = run_on_cluster(longer, PARTS, resume=True)
     return config, {"first": first, "second": second, **kept}
-
-
-def resume_on_cluster(config: RunConfig) -> dict[str, Any]:
-    import ray
-
-    from cluster.controller import ControllerActor
-    from cluster.driver import worker_environment
-
-    controller = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)}).remote(
-        config, PARTS, True
-    )
-    return ray.get(controller.run.remote())
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.controller import ControllerActor, Parts
-from cluster.driver import worker_environment
+from cluster.controller import Parts
 from cluster.ledger.reader import LedgerReader
 from contracts.config import RunConfig
 from contracts.errors import ExitCode, VersionChanged
@@ -33,7 +32,7 @@ from tests.cluster.whole_run import (
     timed_run,
     wait_for,
 )
-from tests.laws.run_kit import events
+from tests.laws.run_kit import controller_of, events
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -83,8 +82,7 @@ def judged_run(folder: Path, url: str, **reward: Any) -> RunConfig:
 
 
 def begin(config: RunConfig, resume: bool = False) -> Any:
-    options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})  # type: ignore[attr-defined]
-    return options.remote(config, Parts(PAINTER, LEARNER), resume).run.remote()
+    return controller_of(config, Parts(PAINTER, LEARNER), resume).run.remote()
 
 
 def steps_of(config: RunConfig) -> int:

@@ -65,16 +65,20 @@ def local_ray(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def run_on_cluster(config: RunConfig, parts: Any = None, resume: bool = False) -> dict[str, Any]:
-    """The whole run through the controller, or the rest of it; returns its summary."""
-    import ray
-
+def controller_of(config: RunConfig, parts: Any = None, resume: bool = False) -> Any:
+    """A controller on the Ray of the test, as the driver makes it; `run` has not been called yet."""
     from cluster.controller import ControllerActor
     from cluster.driver import worker_environment
 
     environment = {"env_vars": worker_environment(config)}
-    controller = ControllerActor.options(runtime_env=environment).remote(config, parts, resume)
-    return ray.get(controller.run.remote())
+    return ControllerActor.options(runtime_env=environment).remote(config, parts, resume)  # type: ignore[attr-defined]
+
+
+def run_on_cluster(config: RunConfig, parts: Any = None, resume: bool = False) -> dict[str, Any]:
+    """The whole run through the controller, or the rest of it; returns its summary."""
+    import ray
+
+    return ray.get(controller_of(config, parts, resume).run.remote())
 
 
 def events(config: RunConfig, kind: str) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from cluster.ledger.reader import LedgerReader
 from contracts.config import RunConfig
 from contracts.errors import WeightsError, WeightsNotProven
 from policy.weights import load_arrays
-from tests.laws.run_kit import events, local_ray, tiny_config
+from tests.laws.run_kit import controller_of, events, local_ray, tiny_config
 
 
 @pytest.fixture
@@ -88,16 +88,14 @@ def test_lora_scale_zero_is_found_by_the_canary(lora_run: InProcessRun) -> None:
 def test_one_stale_actor_of_four_is_found_and_replaced(tiny_model_folder: Path, tmp_path: Path) -> None:
     import ray
 
-    from cluster.controller import ControllerActor, Parts
-    from cluster.driver import worker_environment
+    from cluster.controller import Parts
 
     config = tiny_config(
         tiny_model_folder, tmp_path, rollout__actors=4, rollout__groups_per_step=8, rollout__cpus_per_actor=0.25,
         stop__steps=1000, prompts__options={"stale_mark": str(tmp_path / "stale")},
     )  # fmt: skip
     with local_ray(config):
-        options = ControllerActor.options(runtime_env={"env_vars": worker_environment(config)})
-        controller = options.remote(config, Parts(painter="tests.laws.faulty_painters:OneStale"))
+        controller = controller_of(config, Parts(painter="tests.laws.faulty_painters:OneStale"))
         result = controller.run.remote()
         deadline = time.monotonic() + 240
         while not stale_actors(config) or not stale_actors(config) <= painted_trained_weights(config):

@@ -33,6 +33,7 @@ from contracts.errors import ConfigError, RegistryError, ScoringError
 from contracts.scores import Outcome
 from reward_servers.client import RewardClient
 from reward_servers.settings import ServerSettings
+from tests.laws.run_kit import controller_of
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TOKEN = "a-token-of-the-tests"
@@ -143,13 +144,9 @@ def test_one_scorer_goes_from_1_to_3_replicas_and_back_and_neither_another_nor_a
 ) -> None:
     import ray
 
-    from cluster.controller import ControllerActor
-    from cluster.driver import worker_environment
-
     config = config_of(tmp_path, tiny_model_folder)
     assert check_deployed(config).errors == []
-    environment = {"env_vars": worker_environment(config)}
-    controller = ControllerActor.options(runtime_env=environment).remote(config, None)
+    controller = controller_of(config)
     summary = controller.run.remote()
 
     def step() -> int:
