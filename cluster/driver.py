@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from cluster.controller import Parts
 
 
-_RAY_ALONE = {"RAY_task_events_report_interval_ms": "0"}
-"""Nobody asks a Ray of the run's own for the history of its tasks, of which Ray would keep 100,000: 240 MB."""
+_RAY_ALONE = {"RAY_task_events_report_interval_ms": "0", "RAY_prestart_worker_first_driver": "0"}
+"""Nobody asks a Ray of the run's own for the history of its tasks, of which Ray would keep 100,000: 240 MB. And of the
+workers that it would start in advance, one a CPU, none has the environment of the run's actors."""
 
 REACH_S = 5.0
 """Time the cluster's port has to answer."""

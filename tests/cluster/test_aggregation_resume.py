@@ -6,7 +6,7 @@ weights depend on every advantage to the last bit. The undisturbed run is the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cluster.evaluate import LocalJury, make_source
 from cluster.inprocess import InProcessRun
 from cluster.step import make_credit
 from contracts.config import RunConfig
-from tests.cluster.whole_run import folder_of, rows, shared_ray
+from tests.cluster.whole_run import folder_of, rows
 from tests.laws.exact_stand_ins import ExactLearner, ExactPainter
 from tests.laws.run_driver import EXACT
 from tests.laws.run_kit import run_on_cluster, tiny_config
@@ -75,15 +75,9 @@ class Undisturbed:
                 run.credit = make_credit(config)
 
 
-@pytest.fixture(scope="module")
-def _ray() -> Iterator[None]:
-    with shared_ray():
-        yield
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "constrained" else pytest.mark.long) for name in RULES]
 )

@@ -6,7 +6,7 @@ The real controller, ledger and vaults; a painter that waits a moment and a lear
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +22,7 @@ from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
 from contracts.errors import LedgerError
 from learner.state_writer import NothingToWrite
-from tests.laws.run_kit import events, local_ray, run_on_cluster
+from tests.laws.run_kit import events, run_on_cluster
 
 GROUPS, STALENESS, EVERY = 2, 1, 2
 BOUND = (STALENESS + 1) * GROUPS
@@ -69,12 +69,6 @@ def config_of(folder: Path) -> RunConfig:
     )
 
 
-@pytest.fixture(scope="module")
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with local_ray(config_of(tmp_path_factory.mktemp("ray"))):
-        yield
-
-
 def books_of(config: RunConfig) -> Books | None:
     try:
         with closing(LedgerReader(Path(config.runs_dir) / config.name / "ledger.sqlite")) as ledger:
@@ -97,7 +91,7 @@ def ready(books: Books) -> int:
     return books.groups["ready"]
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.timeout(300)
 def test_while_a_checkpoint_is_written_actors_paint_and_steps_are_made(tmp_path: Path) -> None:
     """With the writer held up the run trains to its last step; only its end waits for the checkpoint."""
@@ -120,7 +114,7 @@ def test_while_a_checkpoint_is_written_actors_paint_and_steps_are_made(tmp_path:
     assert events(config, "actor_restart") == []
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.timeout(300)
 def test_while_a_checkpoint_holds_up_the_learner_actors_paint_up_to_the_bound(tmp_path: Path) -> None:
     """A state that is not copied yet holds up the learner's step: meanwhile all that may be admitted gets ready."""

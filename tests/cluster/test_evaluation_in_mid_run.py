@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,23 @@ import numpy as np
 import pytest
 import ray
 
+from cluster.controller import Parts
 from cluster.inprocess import start_in_process
 from contracts.config import RunConfig
-from tests.cluster.whole_run import check_finished, folder_of, rows, shared_ray
+from tests.cluster.whole_run import LEARNER, PAINTER, check_finished, folder_of, rows, timed_run
 from tests.laws.run_kit import controller_of, events, state_tensors, tiny_config
+
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 STEPS = 3
 DURING = {"eval__every_steps": 1, "eval__during_prompts": 3, "stop__steps": STEPS}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with shared_ray():
-        yield
-
-
-def run_and_watch(config: RunConfig) -> tuple[dict[str, Any], list[tuple[float | None, int | None]]]:
+def run_and_watch(
+    config: RunConfig, parts: Parts | None = None
+) -> tuple[dict[str, Any], list[tuple[float | None, int | None]]]:
     """The summary, and what the display was given until the end: accuracies, and the steps that they are of."""
-    controller = controller_of(config)
+    controller = controller_of(config, parts)
     result, seen = controller.run.remote(), []
     while not ray.wait([result], timeout=0.1)[0]:
         status = ray.get(controller.status.remote())
@@ -68,13 +66,14 @@ def test_accuracy_is_measured_on_schedule_and_what_is_trained_stays_the_same(
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
 
 
-def test_an_evaluation_that_nobody_judges_is_told_and_training_goes_on(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_nobody_judges_is_told_and_training_goes_on(tmp_path: Path) -> None:
     scorers = [
-        {"name": "colour", "serve": "colourfulness"},
+        {"name": "timer", "function": "benchmarks.stand_ins:score"},
         {"name": "judge", "function": "tests.cluster.own_scorers:refuses", "held_out": True, "required": False},
     ]
-    config = tiny_config(tiny_model_folder, tmp_path, scorers=scorers, **DURING)
-    summary, shown = run_and_watch(config)
+    schedule = {"before": False, "num_prompts": 2, "samples_to_save": 0, "every_steps": 1, "during_prompts": 3}
+    config = timed_run(tmp_path, "unjudged", scorers=scorers, eval=schedule, stop={"steps": STEPS})
+    summary, shown = run_and_watch(config, Parts(PAINTER, LEARNER))
     assert (summary["outcome"], summary["steps"]) == ("finished", STEPS)
     failed = events(config, "evaluation_failed")
     assert failed

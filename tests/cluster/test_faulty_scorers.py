@@ -22,18 +22,14 @@ from contracts.config import RunConfig
 from contracts.errors import ScoringError
 from contracts.scores import Outcome, ScorerInfo, ScoreTable
 from contracts.wire import DiscardReason, GroupState
-from tests.cluster.whole_run import books_of, check_finished, folder_of, rows, shared_ray
+from tests.cluster.whole_run import books_of, check_finished, folder_of, rows
 from tests.laws.run_kit import run_on_cluster, tiny_config
 from tests.reward_servers.reward_helpers import Behaviour, FaultServer, good_answer, http_answer
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
 TIMERS = Parts("benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner")
 GARBAGE_BYTES = 50 * 2**20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with shared_ray():
-        yield
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ takes the five through the cluster, too, so those marked `long` are left to `mak
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +15,12 @@ from PIL import Image
 
 from contracts.config import RunConfig
 from contracts.wire import DiscardReason
-from tests.cluster.whole_run import check_finished, folder_of, rows, shared_ray, weight_changes
+from tests.cluster.whole_run import check_finished, folder_of, rows, weight_changes
 from tests.laws.run_kit import events, run_on_cluster, tiny_config
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
 BRIGHTNESS = "tests.cluster.own_scorers:Brightness"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with shared_ray():
-        yield
 
 
 def proven_versions(config: RunConfig) -> set[int]:

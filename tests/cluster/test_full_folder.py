@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from tests.cluster.whole_run import (
     books_of,
     folder_of,
     rows,
-    shared_ray,
     timed_run,
     wait_for,
 )
@@ -134,13 +132,7 @@ def test_versions_that_cannot_be_written_down_are_written_with_a_later_group(
 # ---- whole runs
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with shared_ray():
-        yield
-
-
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_summary_that_cannot_be_written_ends_the_run_with_one_message(tmp_path: Path) -> None:
     """A folder stands where it belongs."""
     config = timed_run(tmp_path, "untold", stop={"steps": 2})
@@ -169,7 +161,7 @@ def steps_of(config: RunConfig) -> int:
     return len(rows(config)) if (folder_of(config) / "metrics.jsonl").is_file() else 0
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_run_on_a_disk_that_gets_full_waits_or_stops_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
     """First so full that vaults take nothing more, then to the last byte; TensorBoard writes too, as by default."""
     import ray

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,14 @@ from cluster.status_view import render
 from contracts.config import RunConfig, to_yaml
 from contracts.config.load import config_from_tree
 from contracts.errors import ExitCode
-from tests.cluster.whole_run import books_of, folder_of, rows, shared_ray
+from tests.cluster.whole_run import books_of, folder_of, rows
 from tests.laws.run_kit import events
+
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 PARTS = Parts("benchmarks.stand_ins:WaitingPainter", "tests.cluster.frail_parts:DriftingLearner")
 STEPS = 8
 HARD, EARLY = "limit/kl", "early"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with shared_ray():
-        yield
 
 
 def guarded(folder: Path) -> RunConfig:

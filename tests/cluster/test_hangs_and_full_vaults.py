@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,17 +25,12 @@ from tests.cluster.whole_run import (
     books_of,
     folder_of,
     rows,
-    shared_ray,
     timed_run,
     wait_for,
 )
 from tests.laws.run_kit import controller_of, events, run_on_cluster
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with shared_ray():
-        yield
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 def our(title: str) -> list[psutil.Process]:

@@ -1,4 +1,7 @@
-"""Host copies of weights over real gloo: bytes equal on every node, a lost member found in time, whole runs."""
+"""Host copies of weights over real gloo: bytes equal on every node, a lost member found in time.
+
+Whole runs by them: test_host_copies_run.py.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.controller import Parts
 from cluster.host_copies import HostCopies
 from cluster.workers import RankWorker
 from contracts.config import RunConfig
 from contracts.config.learner import WeightsConfig
-from contracts.config.load import config_from_tree
 from contracts.digests import digest_arrays
 from contracts.errors import WeightsError, WeightsTimeout
 from contracts.wire import WeightOffer
-from tests.cluster.lost_ranks import write_faults
-from tests.laws.run_kit import events, local_ray, run_on_cluster, tiny_config
+from tests.cluster.whole_run import timed_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120  # a hang would exceed it; what is tested ends after seconds
@@ -54,7 +54,7 @@ def sender(nodes: list[str], tmp_path: Path) -> Any:
 
     worker: Any = RankWorker
     rank = worker.options(num_cpus=0).remote(
-        timer_config(tmp_path), 0, {}, [], "tests.cluster.test_host_copies:ManyShapes"
+        timed_run(tmp_path, "timers"), 0, {}, [], "tests.cluster.test_host_copies:ManyShapes"
     )
     ray.get(rank.build.remote("127.0.0.1", 1, None))
     return rank
@@ -149,62 +149,3 @@ def test_what_arrives_otherwise_than_offered_is_refused(nodes: list[str], sender
     snapshot(sender, 1)  # rank 0 now keeps other weights than those offered
     with pytest.raises(WeightsError, match="arrived with digest"):
         fill(copies, sender, offer, specs, nodes[:1])
-
-
-def timer_config(folder: Path, **weights: Any) -> RunConfig:
-    """Five steps without a model."""
-    return config_from_tree(
-        {
-            "name": "timers",
-            "runs_dir": str(folder),
-            "model": {"path": "none"},
-            "prompts": {"source": "benchmarks.stand_ins:Prompts", "options": {"paint_s": 0.05, "update_s": 0.05}},
-            "rollout": {"groups_per_step": 2, "group_size": 4, "micro_batch": 4},
-            "scorers": [{"name": "timer", "function": "benchmarks.stand_ins:score"}],
-            "objective": {"name": "nft"},
-            "learner": {"engine": "plain"},
-            "weights": weights,
-            "eval": {"before": False, "num_prompts": 1, "samples_to_save": 0},
-            "telemetry": {"tensorboard": False, "report": False},
-            "stop": {"steps": 5},
-        }
-    )
-
-
-def test_a_run_whose_broadcasts_fail_goes_on_by_the_object_store(tmp_path: Path) -> None:
-    """NCCL on a machine without it: three attempts, then host copies are given up; every version arrives."""
-    config = timer_config(tmp_path, transport="collective", backend="nccl", timeout_s=10.0)
-    with local_ray(config):
-        summary = run_on_cluster(
-            config, Parts("benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner")
-        )
-    assert summary["steps"] == 5
-    assert [event["version"] for event in events(config, "host_copies_lost")] == [0, 1, 2]
-    assert events(config, "weights_proven")[-1]["version"] >= 4
-
-
-def test_a_rebuilt_learner_makes_a_new_channel(tmp_path: Path) -> None:
-    config = timer_config(tmp_path, transport="collective", timeout_s=30.0)
-    write_faults(config, [("update", 3, 0, "SIGKILL")])
-    with local_ray(config):
-        summary = run_on_cluster(
-            config, Parts("benchmarks.stand_ins:WaitingPainter", "tests.cluster.lost_ranks:MortalTimer")
-        )
-    assert (summary["steps"], summary["learner_rebuilds"]) == (5, 1)
-    assert events(config, "host_copies_lost") == []
-    channels = [[process["pid"] for process in event["processes"]] for event in events(config, "host_copies")]
-    assert len(channels) == 2
-    assert channels[0] != channels[1]
-
-
-@pytest.mark.slow
-def test_a_whole_run_by_host_copies_proves_its_weights(tiny_model_folder: Path, tmp_path: Path) -> None:
-    config = tiny_config(
-        tiny_model_folder, tmp_path, weights__transport="collective", rollout__actors=2, rollout__cpus_per_actor=0.5
-    )
-    with local_ray(config):
-        summary = run_on_cluster(config)
-    assert summary["steps"] == 3
-    assert events(config, "host_copies_lost") == []
-    assert [len(event["processes"]) for event in events(config, "host_copies")] == [1]
-    assert {event["version"] for event in events(config, "weights_proven")} >= {1, 2}

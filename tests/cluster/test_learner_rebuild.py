@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,17 @@ from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
 from contracts.errors import GuardStop, RankLost
 from tests.cluster.lost_ranks import write_faults
-from tests.laws.run_kit import events, local_ray, run_on_cluster, state_tensors, tiny_config
+from tests.laws.run_kit import events, run_on_cluster, state_tensors, tiny_config
 from tests.learner.learner_harness import engine_section, needs_deepspeed
 
 STEPS = 5
 TIMERS = Parts("benchmarks.stand_ins:WaitingPainter", "tests.cluster.lost_ranks:MortalTimer")
 
 
-@pytest.fixture(scope="module")
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with local_ray(timer_config(tmp_path_factory.mktemp("ray"), "none", ranks=4)):
-        yield
-
-
 @pytest.mark.long  # law 6 strikes ranks, too, and law 3 compares what engines load
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     "zero_stage",
     [pytest.param(None, id="ddp"), pytest.param(2, id="zero2", marks=needs_deepspeed)],
@@ -84,7 +77,7 @@ def check_processes(config: RunConfig) -> None:
         assert not psutil.pid_exists(process["pid"]), process
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 def test_too_many_rebuilds_end_the_run_with_their_reason(tmp_path: Path) -> None:
     config = timer_config(tmp_path, "hopeless", learner={"max_rebuilds": 1})
     write_faults(config, [("update", 2, 0, "SIGKILL")] * 2)
@@ -93,7 +86,7 @@ def test_too_many_rebuilds_end_the_run_with_their_reason(tmp_path: Path) -> None
     assert len(events(config, "learner_rebuild")) == 1
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_rank_lost_in_the_last_save_is_rebuilt_before_the_run_ends(tmp_path: Path) -> None:
     config = timer_config(tmp_path, "last-save")
     write_faults(config, [("save_state", 3, 0, "SIGKILL")])
@@ -103,7 +96,7 @@ def test_a_rank_lost_in_the_last_save_is_rebuilt_before_the_run_ends(tmp_path: P
     assert final_step(config) == 3
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_guard_stops_the_run_though_a_rank_is_lost_in_its_save(tmp_path: Path) -> None:
     """The steps since the last checkpoint are made again, by guards that have not seen them."""
     guard = {"name": "limit", "metric": "loss", "max": -1.0, "patience": 2, "action": "stop"}

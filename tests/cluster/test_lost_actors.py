@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,10 @@ import pytest
 from cluster.controller import Parts
 from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
-from tests.laws.run_kit import controller_of, events, local_ray
+from tests.laws.run_kit import controller_of, events
 
 TIMERS = Parts("benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner")
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with local_ray(slow_learner(tmp_path_factory.mktemp("ray"), "none", actors=2)):
-        yield
 
 
 def slow_learner(folder: Path, name: str, actors: int) -> RunConfig:
@@ -61,7 +54,7 @@ def run_and_signal(config: RunConfig, actor: str, number: int) -> dict[str, Any]
     return ray.get(result)
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 def test_an_idle_actor_that_hangs_is_replaced_and_holds_nobody_up(tmp_path: Path) -> None:
     config = slow_learner(tmp_path, "hung", actors=2)
     summary = run_and_signal(config, "actor-1", signal.SIGSTOP)
@@ -71,7 +64,7 @@ def test_an_idle_actor_that_hangs_is_replaced_and_holds_nobody_up(tmp_path: Path
     assert summary["images_trained"] == STEPS * 2 * 4
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 def test_an_only_actor_killed_while_idle_paints_on_with_the_newest_weights(tmp_path: Path) -> None:
     config = slow_learner(tmp_path, "killed", actors=1)
     summary = run_and_signal(config, "actor-0", signal.SIGKILL)

@@ -27,7 +27,7 @@ from contracts.wire import GroupHeader, PromptSpec
 from reward_servers.construct import make_scorer
 from reward_servers.scorers.base import ScoreBatch
 from tests.cluster.online_parts import build_dino
-from tests.cluster.whole_run import books_of, folder_of, shared_ray
+from tests.cluster.whole_run import books_of, folder_of
 from tests.laws.run_kit import events, run_on_cluster, tiny_config
 from tests.reward_servers.online_kit import flat, write_references
 from tests.reward_servers.scorer_models import build_clip
@@ -96,19 +96,20 @@ def references_of(trainer: str, root: Path) -> np.ndarray:
     scope="module",
     params=[pytest.param(name, marks=() if name == "distilled" else pytest.mark.long) for name in TRAINERS],
 )
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+def ran(
+    shared_ray: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, dict[str, Any]]:
     trainer, root = request.param, tmp_path_factory.mktemp("online_run")
     if trainer == "adversarial_dino":
         build_dino(root / "dino")
     else:
         build_clip(root / "clip")
     config = online_config(root, trainer)
-    with shared_ray():
-        first = run_on_cluster(config, PARTS)
-        kept = {"books": books_of(config), "checkpoint": newest_whole(folder_of(config) / "checkpoints")[0],
-                "events": events(config, "online_version")}  # fmt: skip
-        longer = online_config(root, trainer, stop__steps=STEPS + 1)
-        second = run_on_cluster(longer, PARTS, resume=True)
+    first = run_on_cluster(config, PARTS)
+    kept = {"books": books_of(config), "checkpoint": newest_whole(folder_of(config) / "checkpoints")[0],
+            "events": events(config, "online_version")}  # fmt: skip
+    longer = online_config(root, trainer, stop__steps=STEPS + 1)
+    second = run_on_cluster(longer, PARTS, resume=True)
     return config, {"first": first, "second": second, **kept}
 
 

@@ -297,7 +297,7 @@ WORKERS_FIND = {
 
 @pytest.mark.parametrize(
     "mistake",
-    [pytest.param(name, marks=pytest.mark.long if code == 1 else ()) for name, (_, code, _) in WORKERS_FIND.items()],
+    [pytest.param(name, marks=pytest.mark.long if code == 2 else ()) for name, (_, code, _) in WORKERS_FIND.items()],
 )
 def test_what_only_a_worker_can_find_is_one_message_too(mistake: str, desk: Desk) -> None:
     override, code, message = WORKERS_FIND[mistake]

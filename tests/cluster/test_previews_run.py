@@ -18,7 +18,7 @@ from cluster.ledger.reader import LedgerReader
 from cluster.step import group_rewards
 from contracts.config import RunConfig
 from contracts.wire import PromptTask
-from tests.cluster.whole_run import check_finished, folder_of, rows, shared_ray
+from tests.cluster.whole_run import check_finished, folder_of, rows
 from tests.laws.run_kit import run_on_cluster, state_tensors, tiny_config
 
 STEPS = 2
@@ -37,11 +37,12 @@ def make_run(model: Path, runs: Path, **changes: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+def ran(
+    shared_ray: None, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, dict[str, Any]]:
     config = make_run(tiny_model_folder, tmp_path_factory.mktemp("previews"))
     assert validate.check(config) == []
-    with shared_ray():
-        return config, run_on_cluster(config)
+    return config, run_on_cluster(config)
 
 
 def brightness(images: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
-from cluster.ledger_cli import list_groups, show_group
+from cluster.cli import main
+from cluster.ledger_cli import list_groups
 from cluster.repaint import repaint
 from cluster.report.page import provenance
 from cluster.report.samples import read_samples, same_images
@@ -19,18 +21,17 @@ from cluster.run_folder import RunFolder
 from cluster.status import take_status
 from contracts.config import RunConfig
 from reward_servers.scorers.colourfulness import Colourfulness
-from tests.cluster.whole_run import folder_of, shared_ray
+from tests.cluster.whole_run import folder_of
 from tests.laws.run_kit import run_on_cluster, tiny_config
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def config(shared_ray: None, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = tiny_config(
         tiny_model_folder, tmp_path_factory.mktemp("runs"), stop__steps=2, eval__before=True, eval__samples_to_save=3,
         telemetry__report=True, checkpoint__every_steps=1,
     )  # fmt: skip
-    with shared_ray():
-        run_on_cluster(config)
+    run_on_cluster(config)
     return config
 
 
@@ -113,18 +114,27 @@ def test_a_group_of_weights_that_are_kept_is_painted_again_to_the_byte(run: RunF
         assert (done.version, done.used == version, done.equal) == (version, kept, kept), done.words
 
 
-def test_what_the_ledger_knows_of_a_group(run: RunFolder, tmp_path: Path) -> None:
-    shown = show_group(run, 0, tmp_path)
+def test_what_the_ledger_knows_of_a_group_and_paints_again(run: RunFolder, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        main, ["ledger", str(run.root), "group", "0", "--repaint", "--out", str(tmp_path), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
     assert shown["where"] == "trained in step 1, 0 steps after its weights"
     assert len(shown["seeds"]) == 4
     assert len(shown["scores"]["colour"]["values"]) == 4
     assert [event["event"] for event in shown["journal"]][-1] == "trained"
-    again = repaint(run, 0).images
+    again = pictures(shown["repainted"]["images"])
     assert again.shape == (4, 32, 32, 3)
+    assert shown["repainted"]["equal"] is True, shown["repainted"]["words"]
     if shown["images"]:
-        np.testing.assert_array_equal(np.stack([np.asarray(Image.open(path)) for path in shown["images"]]), again)
+        np.testing.assert_array_equal(pictures(shown["images"]), again)
     else:
         assert "let go" in shown["images_missing"]
+
+
+def pictures(paths: list[str]) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in paths])
 
 
 def test_other_weights_are_said_and_seen(run: RunFolder) -> None:

@@ -5,7 +5,6 @@ The witness is the learner itself: what it loaded it saves at once, and that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from cluster.controller import Parts
 from contracts.config import RunConfig
 from tests.cluster.whole_run import books_of, folder_of, weight_changes
-from tests.laws.run_kit import events, local_ray, run_on_cluster, state_tensors, tiny_config
+from tests.laws.run_kit import events, run_on_cluster, state_tensors, tiny_config
 
 FIRST, LAST = 2, 4
 
@@ -43,16 +42,9 @@ def config_of(model: Path, folder: Path, ranks: int, actors: int, steps: int) ->
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("ray")
-    with local_ray(config_of(folder, folder, 2, 2, 1)):
-        yield
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("ranks", "actors"),
     [

@@ -28,20 +28,15 @@ from tests.cluster.whole_run import (
     books_of,
     folder_of,
     rows,
-    shared_ray,
     timed_run,
     wait_for,
 )
 from tests.laws.run_kit import controller_of, events
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with shared_ray():
-        yield
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,6 @@ SUMMARY_KEYS = {
     "held_out_strict_before", "held_out_strict_after", "train_seconds", "images_painted", "images_trained",
     "images_discarded", "images_discarded_by_weight_sync", "groups_trained", "max_staleness_seen",
 }  # fmt: skip
-
-
-@contextmanager
-def shared_ray(num_gpus: int | None = None) -> Iterator[None]:
-    """One local Ray for the runs of a module. num_gpus: declared; Ray counts them and looks at none."""
-    import ray
-
-    ray.init(
-        address="local", num_cpus=2, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False,
-        logging_level="WARNING", object_store_memory=300 * 2**20,
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def timed_run(folder: Path, name: str, **sections: Any) -> RunConfig:

@@ -5,7 +5,6 @@ And a loop written here from the formulas, without Salon's policy, objective, cr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from cluster.inprocess import start_in_process
 from contracts.seeds import Stream, derive_seed
-from tests.laws.run_kit import local_ray, run_on_cluster, state_tensors, tiny_config
+from tests.laws.run_kit import run_on_cluster, state_tensors, tiny_config
 
 STEPS = 3
 
@@ -25,13 +24,7 @@ GRADIENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with local_ray(tiny_config(Path("none"), tmp_path_factory.mktemp("ray"))):
-        yield
-
-
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize("objective", ["grpo", "nft", "ppo", "dpo", "alignprop"])
 def test_cluster_run_equals_in_process_run_bit_for_bit(objective: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_model_folder, tmp_path, objective, **(GRADIENT if objective == "alignprop" else {}))

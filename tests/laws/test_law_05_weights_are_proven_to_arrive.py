@@ -18,7 +18,7 @@ from cluster.ledger.reader import LedgerReader
 from contracts.config import RunConfig
 from contracts.errors import WeightsError, WeightsNotProven
 from policy.weights import load_arrays
-from tests.laws.run_kit import controller_of, events, local_ray, tiny_config
+from tests.laws.run_kit import controller_of, events, tiny_config
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def test_lora_scale_zero_is_found_by_the_canary(lora_run: InProcessRun) -> None:
         lora_run.step()
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_one_stale_actor_of_four_is_found_and_replaced(tiny_model_folder: Path, tmp_path: Path) -> None:
     import ray
 
@@ -94,15 +95,14 @@ def test_one_stale_actor_of_four_is_found_and_replaced(tiny_model_folder: Path, 
         tiny_model_folder, tmp_path, rollout__actors=4, rollout__groups_per_step=8, rollout__cpus_per_actor=0.25,
         stop__steps=1000, prompts__options={"stale_mark": str(tmp_path / "stale")},
     )  # fmt: skip
-    with local_ray(config):
-        controller = controller_of(config, Parts(painter="tests.laws.faulty_painters:OneStale"))
-        result = controller.run.remote()
-        deadline = time.monotonic() + 240
-        while not stale_actors(config) or not stale_actors(config) <= painted_trained_weights(config):
-            assert not ray.wait([result], timeout=0.5)[0], "the run ended first"
-            assert time.monotonic() < deadline, "the replaced actor never painted again"
-        ray.get(controller.stop.remote())
-        summary = ray.get(result)
+    controller = controller_of(config, Parts(painter="tests.laws.faulty_painters:OneStale"))
+    result = controller.run.remote()
+    deadline = time.monotonic() + 240
+    while not stale_actors(config) or not stale_actors(config) <= painted_trained_weights(config):
+        assert not ray.wait([result], timeout=0.5)[0], "the run ended first"
+        assert time.monotonic() < deadline, "the replaced actor never painted again"
+    ray.get(controller.stop.remote())
+    summary = ray.get(result)
     found = events(config, "weights_not_proven")
     assert found[0]["step"] == 1  # the first version it did not load
     (stale,) = stale_actors(config)  # of four

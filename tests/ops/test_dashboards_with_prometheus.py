@@ -24,7 +24,6 @@ from cluster.deploy.grafana.dashboards import BOARDS
 from cluster.telemetry.targets import targets_folder
 from contracts.config import RunConfig
 from tests.cluster.online_parts import build_dino
-from tests.cluster.whole_run import shared_ray
 from tests.laws.run_kit import run_on_cluster, tiny_config
 from tests.reward_servers.judge_helpers import judging, leans, pictures_of
 from tests.reward_servers.online_kit import flat, write_references
@@ -109,7 +108,9 @@ def watch(folder: Path, seen: set[str], ended: threading.Event) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def watched(
+    shared_ray: None, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
     try:
         program = tools.find("prometheus")
     except tools.MissingTool as error:
@@ -131,8 +132,7 @@ def watch_a_run(program: str, config: RunConfig, folder: Path) -> Iterator[Prome
     try:
         wait_ready(prometheus.url, process)
         watcher.start()
-        with shared_ray():
-            prometheus.summary = run_on_cluster(config)
+        prometheus.summary = run_on_cluster(config)
         prometheus.ended = time.time()
         assert not list(targets_folder(config).glob("*")), "a run that has ended is no target"
         yield prometheus

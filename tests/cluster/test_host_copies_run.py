@@ -1,0 +1,54 @@
+"""Whole runs whose weights go to the actors by host copies over real gloo, or give that up and go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.controller import Parts
+from contracts.config import RunConfig
+from tests.cluster.lost_ranks import write_faults
+from tests.cluster.whole_run import LEARNER, PAINTER, timed_run
+from tests.laws.run_kit import events, run_on_cluster, tiny_config
+
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
+STEPS = 5
+
+
+def timers(folder: Path, **weights: Any) -> RunConfig:
+    return timed_run(folder, "timers", weights={"transport": "collective", **weights}, stop={"steps": STEPS})
+
+
+def test_a_run_whose_broadcasts_fail_goes_on_by_the_object_store(tmp_path: Path) -> None:
+    """NCCL on a machine without it: three attempts, then host copies are given up; every version arrives."""
+    config = timers(tmp_path, backend="nccl", timeout_s=10.0)
+    summary = run_on_cluster(config, Parts(PAINTER, LEARNER))
+    assert summary["steps"] == STEPS
+    assert [event["version"] for event in events(config, "host_copies_lost")] == [0, 1, 2]
+    assert events(config, "weights_proven")[-1]["version"] >= STEPS - 1
+
+
+def test_a_rebuilt_learner_makes_a_new_channel(tmp_path: Path) -> None:
+    config = timers(tmp_path, timeout_s=30.0)
+    write_faults(config, [("update", 3, 0, "SIGKILL")])
+    summary = run_on_cluster(config, Parts(PAINTER, "tests.cluster.lost_ranks:MortalTimer"))
+    assert (summary["steps"], summary["learner_rebuilds"]) == (STEPS, 1)
+    assert events(config, "host_copies_lost") == []
+    channels = [[process["pid"] for process in event["processes"]] for event in events(config, "host_copies")]
+    assert len(channels) == 2
+    assert channels[0] != channels[1]
+
+
+@pytest.mark.slow
+def test_a_whole_run_by_host_copies_proves_its_weights(tiny_model_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_model_folder, tmp_path, weights__transport="collective", rollout__actors=2, rollout__cpus_per_actor=0.5
+    )
+    summary = run_on_cluster(config)
+    assert summary["steps"] == 3
+    assert events(config, "host_copies_lost") == []
+    assert [len(event["processes"]) for event in events(config, "host_copies")] == [1]
+    assert {event["version"] for event in events(config, "weights_proven")} >= {1, 2}
