@@ -54,7 +54,7 @@ Exit codes of train and resume:
   1   failed; the message says why, and the run can usually be resumed
   2   the configuration cannot work, or the run cannot be resumed like this
   3   a guard stopped the run; a checkpoint was written
-  75  stopped and resumable (SIGTERM, Ctrl-C): run `resume`
+  75  stopped and resumable (SIGTERM, Ctrl-C): run `resume`, or the same `train` with exist=resume
 """
 
 
@@ -78,12 +78,42 @@ def _prepare_environment() -> None:
 @_config
 @_overrides
 def train(config: str, overrides: Sequence[str]) -> None:
-    """Train as CONFIG (a YAML file) says; a.b=c overrides a key."""
-    loaded = _load(config, overrides)
-    _refuse(_mismatches(loaded))
-    from cluster.driver import train as run
+    """Train as CONFIG (a YAML file) says; a.b=c overrides a key.
 
-    sys.exit(int(run(loaded)))
+    With exist=resume this goes on with the run where it has begun, so that a scheduler can repeat it until it exits
+    with 0.
+    """
+    loaded = _load(config, overrides)
+    go_on = loaded.exist == "resume" and _has_begun(loaded)
+    if go_on:
+        loaded = _as_left(loaded)
+    _run(loaded, resume=go_on)
+
+
+def _has_begun(config: RunConfig) -> bool:
+    from cluster.resume import has_begun
+
+    return has_begun(config)
+
+
+def _as_left(config: RunConfig) -> RunConfig:
+    """`config` fit to go on with its run. Ends the process well where that is finished."""
+    from cluster.resume import AlreadyFinished, resumed_config
+    from cluster.run_folder import location_of
+    from contracts.errors import ExitCode
+
+    try:
+        return resumed_config(location_of(config), given=config)
+    except AlreadyFinished as finished:
+        click.echo(f"{finished.problem}; {finished.way_out}")
+        sys.exit(int(ExitCode.FINISHED))
+
+
+def _run(config: RunConfig, resume: bool) -> None:
+    _refuse(_mismatches(config))
+    from cluster.driver import train
+
+    sys.exit(int(train(config, resume=resume)))
 
 
 @main.command()
@@ -96,11 +126,7 @@ def resume(run: str, overrides: Sequence[str], accept_new_prompts: bool) -> None
     """Go on with RUN (a run folder, by path or fsspec URL) where it stopped or was killed; a.b=c overrides a key."""
     from cluster.resume import resumed_config
 
-    config = resumed_config(run, overrides, accept_new_prompts=accept_new_prompts)
-    _refuse(_mismatches(config))
-    from cluster.driver import train as go_on
-
-    sys.exit(int(go_on(config, resume=True)))
+    _run(resumed_config(run, overrides, accept_new_prompts=accept_new_prompts), resume=True)
 
 
 @main.command()

@@ -72,18 +72,30 @@ class OpenRun:
 # ---- before anything is started ------------------------------------------------------------------------------------
 
 
-def resumed_config(run: str, overrides: Sequence[str] = (), *, accept_new_prompts: bool = False) -> RunConfig:
-    """The configuration a run goes on with.
+class AlreadyFinished(ConfigError):
+    """The run has reached its limits, so a resume has nothing to do."""
 
-    run: its folder, by path or fsspec URL. Raises ConfigError when there is none, when it has another format, when an
-    override changes what a resumed run must keep, or when the prompt file is another than at the start.
+
+def has_begun(config: RunConfig) -> bool:
+    """Whether the folder of `config` holds a run."""
+    with _small_files(_absolute(location_of(config)), ("config.yaml",)) as files:
+        return bool(files)
+
+
+def resumed_config(
+    run: str, overrides: Sequence[str] = (), *, given: RunConfig | None = None, accept_new_prompts: bool = False
+) -> RunConfig:
+    """The configuration a run goes on with: its own with overrides, or a `given` one of the same name and runs_dir.
+
+    run: its folder, by path or fsspec URL. Raises ConfigError when there is none, when it has another format, when
+    what a resumed run must keep has changed, or when the prompt file is another than at the start; AlreadyFinished.
     """
-    location = run.rstrip("/") if "://" in run else str(Path(run).expanduser().absolute())
+    location = _absolute(run)
     with _small_files(location, ("config.yaml", "manifest.json", "summary.json")) as files:
         if "config.yaml" not in files:
             raise ConfigError("run", f"there is no run at {run}", "give the folder that holds its config.yaml")
         saved = load_config(files["config.yaml"])
-        config = load_config(files["config.yaml"], overrides)
+        config = load_config(files["config.yaml"], overrides) if given is None else _at_home(given, saved)
         manifest = _json(files.get("manifest.json"))
         summary = _json(files.get("summary.json"))
     check_format(manifest, run)
@@ -94,6 +106,15 @@ def resumed_config(run: str, overrides: Sequence[str] = (), *, accept_new_prompt
     if not accept_new_prompts:
         _refuse_new_prompts(manifest, config)
     return config
+
+
+def _absolute(run: str) -> str:
+    return run.rstrip("/") if "://" in run else str(Path(run).expanduser().absolute())
+
+
+def _at_home(given: RunConfig, saved: RunConfig) -> RunConfig:
+    """The given one, whose folder this is, however the path was written when the run began."""
+    return given.model_copy(update={"runs_dir": saved.runs_dir, "name": saved.name})
 
 
 def _json(path: Path | None) -> dict[str, Any]:
@@ -152,7 +173,7 @@ def _refuse_finished(summary: Mapping[str, Any], config: RunConfig, run: str) ->
     steps_left = stop.steps is None or summary.get("steps", 0) < stop.steps
     seconds_left = stop.seconds is None or summary.get("train_seconds", 0.0) < stop.seconds
     if not (steps_left and seconds_left):
-        raise ConfigError("stop", f"{run} is finished: there is nothing left to do", "raise stop.steps to train on")
+        raise AlreadyFinished("stop", f"{run} is finished: there is nothing left to do", "raise stop.steps to train on")
 
 
 def _refuse_new_prompts(manifest: Mapping[str, Any], config: RunConfig) -> None:

@@ -68,8 +68,8 @@ class RunFolder:
     def create(cls, config: RunConfig) -> RunFolder:
         """A new folder for a run, with config.yaml and manifest.json in it.
 
-        Raises ConfigError when it exists (and `exist` is `fail`), holds something else, belongs to a running run, or
-        cannot be written.
+        Raises ConfigError when it exists (unless `exist` is `replace`), holds something else, belongs to a running
+        run, or cannot be written. Going on with an existing one is resume.py's.
         """
         location = location_of(config)
         folder = _new_mirror(location, config) if "://" in location else _new_local(Path(location), config)
@@ -316,6 +316,8 @@ def _refuse_or_clear(root: Path, config: RunConfig) -> None:
         raise _exists(str(root))
     if not (root / "config.yaml").is_file() and not (root / LEDGER).is_file():
         raise _not_a_run(str(root))
+    if config.exist != "replace":
+        raise _exists(str(root))
     if is_running(root):
         raise ConfigError("name", f"run {root} is running", "stop it first, or choose another name")
     for path in _contents(root):
@@ -340,6 +342,8 @@ def _new_mirror(url: str, config: RunConfig) -> RunFolder:
             raise _exists(url)
         if held and "config.yaml" not in held and LEDGER not in held:
             raise _not_a_run(url)
+        if held and config.exist != "replace":
+            raise _exists(url)
         if held:
             filesystem.rm(path, recursive=True)
         filesystem.makedirs(path, exist_ok=True)
@@ -355,13 +359,15 @@ def _new_mirror(url: str, config: RunConfig) -> RunFolder:
 
 def _exists(location: str) -> ConfigError:
     return ConfigError(
-        "name", f"run folder {location} exists", "choose another name, or set exist=replace to delete it"
+        "name",
+        f"run folder {location} exists",
+        "choose another name, or set exist=resume to go on with it or exist=replace to delete it",
     )
 
 
 def _not_a_run(location: str) -> ConfigError:
     return ConfigError(
-        "name", f"{location} exists and is no run folder, so it is not replaced", "choose another name or runs_dir"
+        "name", f"{location} exists and is no run folder, so it is left alone", "choose another name or runs_dir"
     )
 
 

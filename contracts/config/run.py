@@ -67,7 +67,9 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(default=0, ge=0)
     runs_dir: str = Field(default="runs", description="local path or fsspec URL under which runs/<name> is written")
-    exist: Literal["fail", "replace"] = Field(default="fail", description="what to do when the run folder exists")
+    exist: Literal["fail", "replace", "resume"] = Field(
+        default="fail", description="when the run folder exists: refuse, delete it, or go on with the run in it"
+    )
     model: ModelConfig
     prompts: PromptsConfig = PromptsConfig()
     sampler: SamplerConfig = SamplerConfig()

@@ -239,12 +239,13 @@ def test_the_exports_load_in_diffusers(desk: Desk, pipeline: Path, adapter: Path
 
 
 def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pipeline: Path, adapter: Path) -> None:
-    process = desk.start(
+    command = [
         "train", "config.yaml", "name=warm", f"model.path={pipeline}", f"model.warm_start={adapter}",
         "model.tuning=lora", "model.lora.rank=4", "model.lora.alpha=8", "learner.optimizer.lr=1e-9",
         "prompts.source=parquet", "prompts.path=prompts.parquet", "prompts.held_out_fraction=0.3",
-        "stop.steps=100000",
-    )  # fmt: skip
+        "stop.steps=100000", "exist=resume",
+    ]  # fmt: skip
+    process = desk.start(*command)
     deadline = time.monotonic() + 600
     while process.poll() is None and not desk.rows("warm") and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -265,9 +266,13 @@ def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pi
     left = {text.split()[0] for text in desk.prompts("warm")}
     assert left == {"cat", "dog"}
 
-    resumed = desk.type("resume", "runs/warm", f"stop.steps={summary['steps'] + 1}")
+    command.append(f"stop.steps={summary['steps'] + 1}")
+    resumed = desk.type(*command)  # as a scheduler repeats it
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (desk.summary("warm")["outcome"], desk.summary("warm")["steps"]) == ("finished", summary["steps"] + 1)
+    nothing_left = desk.type(*command)
+    assert nothing_left.returncode == 0, nothing_left.stderr
+    assert "is finished" in nothing_left.stdout
 
 
 MISTAKES = {

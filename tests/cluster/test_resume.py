@@ -20,9 +20,10 @@ from cluster.checkpoints.layout import list_whole
 from cluster.cli import main
 from cluster.lock import RunLock, wait_for_release
 from cluster.migrate import RUN_FORMAT
-from cluster.resume import bring_back, mend_lines, open_run, resumed_config
+from cluster.resume import bring_back, has_begun, mend_lines, open_run, resumed_config
+from cluster.run_folder import location_of
 from cluster.scoring_loop import ScoringLoop
-from contracts.config import RunConfig, load_config
+from contracts.config import RunConfig, load_config, to_yaml
 from contracts.errors import ConfigError, ConfigErrors, ExitCode, StorageError, VersionChanged
 from contracts.scores import point_table
 from contracts.wire import DiscardReason, GroupState, PromptSpec
@@ -285,6 +286,35 @@ def test_no_run_and_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is finished.*raise stop\.steps"):
         resumed_config(str(tmp_path / "run"))
     assert resumed_config(str(tmp_path / "run"), ["stop.steps=5"]).stop.steps == 5
+
+
+def test_one_command_begins_a_run_goes_on_with_it_and_knows_its_end(tmp_path: Path) -> None:
+    """`exist: resume`, for schedulers."""
+    config = make_config(tmp_path, exist="resume", stop={"steps": 4})
+    assert not has_begun(config)
+    run = saved(config)
+    run.close()
+    assert has_begun(config)
+    longer = make_config(tmp_path, exist="resume", stop={"steps": 9})
+    found = resumed_config(location_of(config), given=longer)
+    assert (found.stop.steps, found.exist) == (9, "resume")
+    with pytest.raises(ConfigErrors, match="seed: is 0 in this run and cannot become 5"):
+        resumed_config(location_of(config), given=make_config(tmp_path, seed=5))
+    run.folder.write_json("summary.json", {"outcome": "finished", "steps": 4, "train_seconds": 1.0})
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    again = CliRunner().invoke(main, ["train", str(file)])
+    assert again.exit_code == 0, again.output
+    assert "is finished: there is nothing left to do; raise stop.steps" in again.output
+
+
+def test_a_folder_that_is_no_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    config = make_config(tmp_path, exist="resume")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    assert not has_begun(config)
+    with pytest.raises(ConfigError, match="is no run folder, so it is left alone"):
+        open_run(config, resume=False)
 
 
 def test_prompts_that_changed_are_refused_unless_accepted(tmp_path: Path) -> None:
