@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import awake
 from cluster.durations import duration
+from cluster.losses import Losses
 from cluster.telemetry.progress import ProgressDisplay
 from contracts.config import RunConfig
 from contracts.errors import ConfigError, ConfigErrors, ExitCode, SalonError
@@ -219,30 +220,30 @@ def _follow(
     from cluster.learner_group import remove_leftover_placements
     from cluster.run_folder import location_of
 
-    replaced = 0
+    losses = Losses(config.cluster.controller_restarts)
     with _Interrupts() as interrupts, _display(config, show) as display:
         while True:
             try:
                 summary = _one_controller(config, resume, parts, options, interrupts, display)
                 break
             except _ControllerLost as lost:
-                if not lost.had_begun or interrupts.received or replaced >= config.cluster.controller_restarts:
+                if not lost.had_begun or interrupts.received or not losses.one_more(lost.step):
                     raise SalonError(
                         f"{lost}; resume the run with `python -m cluster resume {location_of(config)}`"
                     ) from lost
                 remove_leftover_placements()
-                replaced, resume = replaced + 1, True
+                resume = True
     if show:
         print_summary(config, summary)
     return ExitCode.FINISHED if summary["outcome"] == "finished" else ExitCode.STOPPED_RESUMABLE
 
 
 class _ControllerLost(Exception):
-    """The controller died or hung. had_begun: its run folder exists, so another one can resume it."""
+    """The controller died or hung. had_begun: its run folder exists, so another can resume it; step: as last told."""
 
-    def __init__(self, why: str, had_begun: bool) -> None:
+    def __init__(self, why: str, resumed: bool, status: Mapping[str, Any]) -> None:
         super().__init__(why)
-        self.had_begun = had_begun
+        self.had_begun, self.step = resumed or status.get("has_folder", False), int(status.get("step", 0))
 
 
 def _one_controller(
@@ -266,13 +267,12 @@ def _one_controller(
             display.update(found)
         elif awake.clock() - answered > limit:
             _kill(controller, status)
-            had_begun = resume or status.get("has_folder", False)
-            raise _ControllerLost(f"the controller did not answer for {limit:g} s", had_begun)
+            raise _ControllerLost(f"the controller did not answer for {limit:g} s", resume, status)
     try:
         return _result(result)
     except ray.exceptions.RayActorError as error:
         _kill(controller, status)  # unless it only could not be reached
-        raise _ControllerLost(f"the controller died: {error}", resume or status.get("has_folder", False)) from error
+        raise _ControllerLost(f"the controller died: {error}", resume, status) from error
 
 
 def _kill(controller: Any, status: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.checkpoints import Checkpoint, CheckpointKeeper
 from cluster.context import RunContext, Scored
 from cluster.learner_group import LearnerGroup, Publication
+from cluster.losses import Losses
 from cluster.refs import root_cause, value
 from cluster.rollout_loop import ActorFleet
 from cluster.step import batch_rewards, draft_job, group_rewards, make_credit, make_job, reward_metrics, step_row
@@ -34,7 +35,7 @@ class LearnerLoop:
         self.context, self.group, self.fleet = context, group, fleet
         self.credit = make_credit(context.config)
         self.needs = objective_needs(context.config)
-        self.rebuilds = 0
+        self.rebuilds, self.losses = 0, Losses(context.config.learner.max_rebuilds)
         self.first_credit = copy.deepcopy(self.credit.state_dict())
         self.guards, self.guard_stop = RunGuards(context.config.guards), ""
         self.keeper = CheckpointKeeper(
@@ -262,7 +263,7 @@ class LearnerLoop:
     async def _rebuild(self, lost: RankLost) -> None:
         """Bring the learner back to its last checkpoint; once more when a rank is lost meanwhile.
 
-        Raises RankLost when learner.max_rebuilds are used up.
+        Raises RankLost after learner.max_rebuilds without a newer checkpoint in between.
         """
         while True:
             self._count_rebuild(lost)
@@ -273,10 +274,11 @@ class LearnerLoop:
                 lost = error
 
     def _count_rebuild(self, lost: RankLost) -> None:
-        telemetry, allowed = self.context.telemetry, self.context.config.learner.max_rebuilds
-        if self.rebuilds >= allowed:
+        telemetry = self.context.telemetry
+        if not self.losses.one_more(self.keeper.step):
             raise RankLost(
-                f"{lost}; the run ends here, because learner.max_rebuilds={allowed} rebuilds of the ranks are used up"
+                f"{lost}; the run ends here: learner.max_rebuilds={self.losses.allowed} rebuilds in a row brought no "
+                "newer checkpoint"
             ) from lost
         self.rebuilds += 1
         kind = "hang" if "did not answer" in str(lost) else "death"

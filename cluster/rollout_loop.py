@@ -29,8 +29,7 @@ MAX_LOST = 4
 """Paintings lost in a row with their actors that stop the run, in units of rollout.max_attempts for every actor."""
 
 MAX_UNPROVEN = 3
-"""Failed proofs of an actor that stop the run: one broken process is replaced, a broken load cannot be."""
-
+"""Failed proofs of an actor in a row that stop the run: one broken process is replaced, a broken load cannot be."""
 
 START_S = 900.0
 """Time the actors have to find room and to load their model."""
@@ -262,6 +261,7 @@ class RolloutLoop:
         at_vault = [span.model_copy(update={"lane": receipt.vault}) for span in receipt.spans if span.name == "store"]
         telemetry.spans((*receipt.spans, *at_vault), group=task.group_id, version=receipt.weight_version)
         if receipt.proof is not None:
+            self.unproven.pop(name, None)
             telemetry.observe("salon_weight_load_seconds", receipt.proof.load_seconds, actor=name)
             telemetry.event("weights_proven", actor=name, **receipt.proof.model_dump())
         self.context.bell.ring()

@@ -51,7 +51,9 @@ class LearnerConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig | None = None
     hang_timeout_s: float = Field(default=600.0, gt=0, description="a step longer than this means a hung rank")
-    max_rebuilds: int = Field(default=5, ge=0)
+    max_rebuilds: int = Field(
+        default=5, ge=0, description="times lost ranks are rebuilt without a newer checkpoint in between"
+    )
 
 
 class PipelineConfig(Section):

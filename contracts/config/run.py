@@ -57,7 +57,10 @@ class ClusterConfig(Section):
         default=60.0, gt=0, description="a vault, dispatcher or controller silent for so long is replaced"
     )
     controller_restarts: int = Field(
-        default=5, ge=0, description="times the driver replaces a controller that died or hangs, resuming the run"
+        default=5,
+        ge=0,
+        description="times the driver replaces a controller that died or hangs, resuming the run, without a step "
+        "beyond it in between",
     )
 
 

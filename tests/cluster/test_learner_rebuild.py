@@ -87,12 +87,12 @@ def test_too_many_rebuilds_end_the_run_with_their_reason(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("shared_ray")
-def test_a_rank_lost_in_the_last_save_is_rebuilt_before_the_run_ends(tmp_path: Path) -> None:
-    config = timer_config(tmp_path, "last-save")
-    write_faults(config, [("save_state", 3, 0, "SIGKILL")])
+def test_ranks_lost_with_a_checkpoint_in_between_are_rebuilt_in_the_last_save_too(tmp_path: Path) -> None:
+    config = timer_config(tmp_path, "last-save", learner={"max_rebuilds": 1})
+    write_faults(config, [("update", 2, 0, "SIGKILL"), ("save_state", 3, 0, "SIGKILL")])
     summary = run_on_cluster(config, TIMERS)
-    assert (summary["steps"], summary["learner_rebuilds"], summary["groups_trained"]) == (3, 1, 6)
-    assert events(config, "learner_rebuild")[0]["to_step"] == 2
+    assert (summary["steps"], summary["learner_rebuilds"], summary["groups_trained"]) == (3, 2, 6)
+    assert [event["to_step"] for event in events(config, "learner_rebuild")] == [0, 2]
     assert final_step(config) == 3
 
 
