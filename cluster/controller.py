@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 
+from cluster.actor_fleet import ActorFleet, EvalPainters
 from cluster.admission import Admission
 from cluster.awake import within
 from cluster.checkpoints.layout import Checkpoint
@@ -51,7 +52,7 @@ from cluster.refs import all_or_none, root_cause, value
 from cluster.report.end import write_at_end
 from cluster.report.samples import show_samples
 from cluster.resume import bring_back, evaluation_before, open_run
-from cluster.rollout_loop import ActorFleet, RolloutLoop
+from cluster.rollout_loop import RolloutLoop
 from cluster.run_folder import RunFolder
 from cluster.scoring import Dispatcher
 from cluster.scoring_loop import ScoringLoop
@@ -76,7 +77,7 @@ END_S = 30.0
 """Time the loops have to end once the run has failed; whoever still waits then is cancelled."""
 
 EVAL_ATTEMPTS = 5
-"""Times a chunk of an evaluation is painted before the run gives up on it."""
+"""Times a chunk of an evaluation is painted and scored before the run gives up on it."""
 
 
 @dataclass(frozen=True)
@@ -334,14 +335,12 @@ class Controller:
         await self.fleet.offered()
         plan = plan_evaluation(self.config, context.source, sampling, num_prompts)
         chunks = plan.chunks()
-        free: asyncio.Queue[str] = asyncio.Queue()
-        for name in self.fleet.names:
-            free.put_nowait(name)
+        painters = EvalPainters(self.fleet, self.config.rollout.lease_s)
         finished: list[int] = []
         self.phase_share = 0.0
 
         async def one(chunk: EvalPlan) -> tuple[Any, Any]:
-            images, tables = await self._paint_and_score(chunk, free)
+            images, tables = await self._paint_and_score(chunk, painters)
             finished.append(len(chunk.prompts))
             self.phase_share = sum(finished) / len(plan.prompts)
             return images, tables
@@ -357,12 +356,12 @@ class Controller:
         context.telemetry.event("evaluation", tag=tag, step=context.step, result=evaluation(result))
         return result
 
-    async def _paint_and_score(self, chunk: EvalPlan, free: asyncio.Queue[str]) -> tuple[Any, Any]:
+    async def _paint_and_score(self, chunk: EvalPlan, painters: EvalPainters) -> tuple[Any, Any]:
         """Reference of a chunk's images and their tables; once more when images or dispatcher are lost meanwhile."""
         scorers = [scorer.name for scorer in self.config.scorers]
         limit_s = max(self.config.reward.lease_s, *(2 * scorer.deadline_s for scorer in self.config.scorers))
         for _ in range(EVAL_ATTEMPTS):
-            images = await self._paint_chunk(chunk, free)
+            images = await painters.paint(chunk)
             try:
                 tables = self.dispatcher.score_images.remote(images, chunk.prompts, scorers)
                 return images, await within(value(tables), limit_s)
@@ -371,21 +370,6 @@ class Controller:
                 self.context.telemetry.event("scoring_lost", evaluation=True, error=f"{type(error).__name__}"[:300])
                 await self.scoring.dispatcher_is_back()
         raise SalonError(f"an evaluation could not be scored in {EVAL_ATTEMPTS} attempts")
-
-    async def _paint_chunk(self, chunk: EvalPlan, free: asyncio.Queue[str]) -> Any:
-        """Reference of a chunk's images, painted by the next free actor; another try when one is lost."""
-        for _ in range(EVAL_ATTEMPTS):
-            name = await free.get()
-            try:
-                paint = self.fleet.handles[name].paint_images.options(num_returns=2)
-                done, images = paint.remote(chunk.prompts, chunk.sampling, chunk.seeds)
-                await within(value(done), self.config.rollout.lease_s)  # the images stay where they are
-                return images
-            except (ray.exceptions.RayActorError, TimeoutError) as error:
-                await self.fleet.revive_once(name, kill=isinstance(error, TimeoutError))
-            finally:
-                free.put_nowait(name)
-        raise SalonError(f"an evaluation could not be painted in {EVAL_ATTEMPTS} attempts")
 
     async def _keep_samples(self, results: list[Any], plan: EvalPlan, tag: str) -> None:
         context, wanted = self.context, self.config.eval.samples_to_save

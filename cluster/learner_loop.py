@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.actor_fleet import ActorFleet
 from cluster.checkpoints import Checkpoint, CheckpointKeeper
 from cluster.context import RunContext, Scored
 from cluster.learner_group import LearnerGroup, Publication
 from cluster.losses import Losses
 from cluster.refs import root_cause, value
-from cluster.rollout_loop import ActorFleet
 from cluster.step import batch_rewards, draft_job, group_rewards, make_credit, make_job, reward_metrics, step_row
 from contracts.errors import GuardStop, NotStored, OutOfMemory, RankLost
 from contracts.needs import objective_needs

@@ -1,9 +1,9 @@
-"""Keeps every rollout actor busy: admits prompts, hands out tasks, takes receipts, replaces what died.
+"""Keeps every rollout actor busy: admits prompts, hands out tasks, takes receipts.
 
 Invariant: a prompt is admitted only while the admission rule allows it, and every task handed out ends as a receipt in
-the ledger, an expired lease, or a discard. An actor that dies, outlives its lease or does not take note of new weights
-is restarted and offered the newest weights before it gets another task; nobody else waits for it.
-Does not own: the admission rule (admission.py), painting (actors/), scoring (scoring_loop.py).
+the ledger, an expired lease, or a discard.
+Does not own: the admission rule (admission.py), the actors and their revival (actor_fleet.py), painting (actors/),
+scoring (scoring_loop.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.awake import wait_all, within
+from cluster.actor_fleet import ActorFleet
+from cluster.awake import wait_all
 from cluster.context import RunContext, Scored
-from cluster.hang_watch import kill_on_its_node
-from cluster.refs import all_or_none, root_cause, value
-from cluster.workers import ActorWorker
+from cluster.refs import root_cause, value
 from contracts.errors import NotStored, SalonError, StaleLease, WeightsNotProven, WeightsTimeout
 from contracts.wire import DiscardReason, GroupState, PaintReceipt, PromptTask, Source
 
@@ -30,113 +28,6 @@ MAX_LOST = 4
 
 MAX_UNPROVEN = 3
 """Failed proofs of an actor in a row that stop the run: one broken process is replaced, a broken load cannot be."""
-
-START_S = 900.0
-"""Time the actors have to find room and to load their model."""
-
-REVIVE_ATTEMPTS = 20
-
-
-class ActorFleet:
-    """The rollout actors: created, restarted, offered weights."""
-
-    def __init__(self, context: RunContext, painter: str = "actors.painter:Painter") -> None:
-        self.context, self.painter = context, painter
-        self.names = [f"actor-{index}" for index in range(context.config.rollout.actors)]
-        self.handles: dict[str, Any] = {}
-        self.processes: dict[str, dict[str, Any]] = {}
-        self.restarts = 0
-        self.reviving: dict[str, asyncio.Task[None]] = {}
-        self.offering: dict[str, asyncio.Task[None]] = {}
-
-    def _create(self, name: str) -> Any:
-        rollout = self.context.config.rollout
-        options = ActorWorker.options(num_cpus=rollout.cpus_per_actor, num_gpus=rollout.gpus_per_actor)
-        return options.remote(self.context.config, name, self.context.vaults, self.painter)
-
-    async def start(self) -> None:
-        """Create every actor and wait until all have loaded their model.
-
-        Raises SalonError when they have not within START_S: the cluster has no room for them, or they hang.
-        """
-        self.handles = {name: self._create(name) for name in self.names}
-        ready = all_or_none(*(value(handle.ready.remote()) for handle in self.handles.values()))
-        try:
-            infos = await within(ready, START_S)
-        except TimeoutError:
-            rollout = self.context.config.rollout
-            raise SalonError(
-                f"{rollout.actors} rollout actors of {rollout.cpus_per_actor:g} CPU and {rollout.gpus_per_actor:g} GPU "
-                f"were not ready within {START_S:.0f} s: the cluster has no room for them, or their model loads slowly"
-            ) from None
-        self.processes = dict(zip(self.names, infos, strict=True))
-
-    def offer_all(self) -> None:
-        """Offer the newest weights to every actor, one offer at a time to each; returns at once."""
-        for name in self.names:
-            running = self.offering.get(name)
-            if running is None or running.done():
-                self.offering[name] = asyncio.create_task(self._offer_newest(name))
-
-    async def offered(self) -> None:
-        """Wait until every actor has taken note of the newest weights, those that must be brought back first too."""
-        await asyncio.gather(*self.offering.values())
-
-    async def _offer_newest(self, name: str) -> None:
-        """Until the actor has taken note of the newest weights. One that dies or hangs meanwhile is brought back."""
-        store, noted = self.context.store, None
-        try:
-            while noted is not store.latest:
-                if self.is_reviving(name):
-                    await asyncio.shield(self.reviving[name])
-                noted = store.latest
-                try:
-                    await within(value(self._offer(name)), store.timeout_s)
-                except (RayError, TimeoutError) as error:  # RayError: the actor died, or the arrays with their node
-                    self.context.telemetry.event("offer_lost", actor=name, error=type(error).__name__)
-                    await self.revive_once(name, kill=isinstance(error, TimeoutError))
-        except SalonError as error:
-            self.context.stop(error)
-
-    def _offer(self, name: str) -> Any:
-        return self.context.store.offer_to(self.handles[name], self.processes[name]["node"])
-
-    def nodes(self) -> list[str]:
-        """The nodes actors are on."""
-        return sorted({process["node"] for process in self.processes.values()})
-
-    async def revive(self, name: str, kill: bool) -> None:
-        """Bring an actor back after death or a lease that ran out, and offer it the newest weights."""
-        handle = self.handles[name]
-        self.restarts += 1
-        self.context.telemetry.count("salon_actor_restarts_total", actor=name)
-        self.context.telemetry.event("actor_restart", actor=name, killed=kill)
-        if kill and not await kill_on_its_node(self.processes[name]):  # Ray asks a hung process, and waits for it
-            ray.kill(handle, no_restart=False)
-        for _ in range(REVIVE_ATTEMPTS):
-            try:
-                self.processes[name] = await within(value(handle.ready.remote()), 60)
-                await within(value(self._offer(name)), self.context.store.timeout_s)
-                return
-            except (RayError, TimeoutError):
-                await asyncio.sleep(1.0)
-        raise SalonError(f"{name} did not come back after {REVIVE_ATTEMPTS} attempts")
-
-    async def revive_once(self, name: str, kill: bool) -> None:
-        """Revive, however many callers lost their call to the same actor."""
-        running = self.reviving.get(name)
-        if running is None or running.done():
-            running = self.reviving[name] = asyncio.create_task(self.revive(name, kill))
-        await asyncio.shield(running)
-
-    def background(self) -> list[asyncio.Task[None]]:
-        """What goes on beside the loops, to be cancelled at the end."""
-        return [*self.offering.values(), *self.reviving.values()]
-
-    def is_reviving(self, name: str) -> bool:
-        """Whether an actor is on its way back."""
-        running = self.reviving.get(name)
-        return running is not None and not running.done()
 
 
 class RolloutLoop:
@@ -215,7 +106,7 @@ class RolloutLoop:
             self.context.telemetry.event("paint_lost", actor=name, group=task.group_id, error=type(error).__name__)
             self._give_back(task)
             self._count_lost(error)
-            await self.fleet.revive_once(name, kill=isinstance(error, TimeoutError))
+            self.fleet.revive(name, kill=isinstance(error, TimeoutError))
             return
         except (RayTaskError, SalonError) as error:
             await self._failed(name, task, error)
@@ -287,7 +178,7 @@ class RolloutLoop:
             return
         self.context.telemetry.event("paint_failed", actor=name, group=task.group_id, error=str(cause))
         if isinstance(cause, WeightsTimeout):
-            await self.fleet.revive_once(name, kill=False)  # Ray has started it anew: nobody has offered it weights
+            self.fleet.revive(name, kill=False)  # Ray has started it anew: nobody has offered it weights
         if task.source is not Source.FILES and state == "discarded":
             self.context.stop(cause)
 
@@ -299,7 +190,7 @@ class RolloutLoop:
         if self.unproven[name] >= MAX_UNPROVEN:
             self.context.stop(cause)
         else:
-            await self.fleet.revive_once(name, kill=True)
+            self.fleet.revive(name, kill=True)
 
     def _give_back(self, task: PromptTask) -> str:
         """End the lease early; returns the state the group is in now."""

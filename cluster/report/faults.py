@@ -26,6 +26,8 @@ WORDS = {
     "paint_failed": "painting failed",
     "offer_lost": "an actor did not take note of new weights",
     "actor_restart": "an actor was restarted",
+    "actor_away": "an actor does not come back; the others go on without it",
+    "actor_back": "an actor that was away is back",
     "weights_not_proven": "an actor could not prove its weights",
     "scoring_lost": "the dispatcher died or hung while scoring",
     "learner_rebuild": "a learner rank died or hung: all ranks are rebuilt",

@@ -13,13 +13,15 @@ import pytest
 from cluster.controller import Parts
 from contracts.config import RunConfig
 from contracts.config.load import config_from_tree
+from tests.cluster.lost_ranks import write_faults
+from tests.cluster.whole_run import books_of, rows, wait_for
 from tests.laws.run_kit import controller_of, events
 
 TIMERS = Parts("benchmarks.stand_ins:WaitingPainter", "benchmarks.stand_ins:WaitingLearner")
 STEPS = 8
 
 
-def slow_learner(folder: Path, name: str, actors: int) -> RunConfig:
+def slow_learner(folder: Path, name: str, actors: int, steps: int = STEPS) -> RunConfig:
     """Actors that are idle most of the time."""
     return config_from_tree(
         {
@@ -34,7 +36,7 @@ def slow_learner(folder: Path, name: str, actors: int) -> RunConfig:
             "weights": {"timeout_s": 5.0},
             "eval": {"before": False, "num_prompts": 4, "samples_to_save": 0},
             "telemetry": {"tensorboard": False, "report": False},
-            "stop": {"steps": STEPS},
+            "stop": {"steps": steps},
         }
     )
 
@@ -70,3 +72,41 @@ def test_an_only_actor_killed_while_idle_paints_on_with_the_newest_weights(tmp_p
     summary = run_and_signal(config, "actor-0", signal.SIGKILL)
     assert (summary["steps"], summary["images_trained"]) == (STEPS, STEPS * 2 * 4)
     assert summary["max_staleness_seen"] <= 1
+
+
+@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.timeout(400)
+def test_a_run_goes_on_without_an_actor_that_stays_away_and_takes_it_back(tmp_path: Path) -> None:
+    """Its constructor fails, after which Ray restarts it no more; nor does a learner that is rebuilt wait for it."""
+    import ray
+
+    config = slow_learner(tmp_path, "away", actors=2, steps=1000)
+    write_faults(config, [("update", 12, 0, "SIGKILL")])
+    controller = controller_of(
+        config, Parts("tests.cluster.broken_painters:Homeless", "tests.cluster.lost_ranks:MortalTimer")
+    )
+    result, no_room = controller.run.remote(), tmp_path / "no-room"
+    wait_for(lambda: events(config, "started"), result)
+    processes = events(config, "started")[0]["processes"]
+    no_room.touch()
+    os.kill(next(process["pid"] for process in processes if process["name"] == "actor-1"), signal.SIGKILL)
+    wait_for(lambda: events(config, "actor_away") and events(config, "learner_rebuilt"), result)
+    before = trained_steps(config)
+    wait_for(lambda: trained_steps(config) >= before + 2, result)
+    no_room.unlink()
+    wait_for(lambda: events(config, "actor_back"), result)
+    came_back = events(config, "actor_back")[0]["time"]
+    wait_for(lambda: painters_since(config, came_back) == {"actor-0", "actor-1"}, result)
+    ray.get(controller.stop.remote())
+    summary = ray.get(result)
+    assert (summary["outcome"], summary["actor_restarts"]) == ("stopped", 1)
+    assert books_of(config).balanced
+
+
+def trained_steps(config: RunConfig) -> int:
+    return len(rows(config))
+
+
+def painters_since(config: RunConfig, when: float) -> set[str]:
+    """Actors that proved their weights after `when`, in seconds since the epoch."""
+    return {event["actor"] for event in events(config, "weights_proven") if event["time"] > when}
