@@ -312,12 +312,8 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 def _refuse_or_clear(root: Path, config: RunConfig) -> None:
-    if config.exist == "fail":
-        raise _exists(str(root))
-    if not (root / "config.yaml").is_file() and not (root / LEDGER).is_file():
-        raise _not_a_run(str(root))
-    if config.exist != "replace":
-        raise _exists(str(root))
+    held = [name for name in ("config.yaml", LEDGER) if (root / name).is_file()]
+    _refuse_unless_replaced(str(root), held, config)
     if is_running(root):
         raise ConfigError("name", f"run {root} is running", "stop it first, or choose another name")
     for path in _contents(root):
@@ -338,13 +334,8 @@ def _new_mirror(url: str, config: RunConfig) -> RunFolder:
         held = (
             [entry.rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
         )
-        if held and config.exist == "fail":
-            raise _exists(url)
-        if held and "config.yaml" not in held and LEDGER not in held:
-            raise _not_a_run(url)
-        if held and config.exist != "replace":
-            raise _exists(url)
         if held:
+            _refuse_unless_replaced(url, held, config)
             filesystem.rm(path, recursive=True)
         filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(f"{path}/.salon", b"")
@@ -355,6 +346,15 @@ def _new_mirror(url: str, config: RunConfig) -> RunFolder:
             "runs_dir", f"{url} cannot be written: {error}", "check the URL and its credentials"
         ) from error
     return RunFolder(_scratch(config.name), url)
+
+
+def _refuse_unless_replaced(location: str, held: Sequence[str], config: RunConfig) -> None:
+    """Raises ConfigError for a folder that is in the way and must stay. held: names in it."""
+    is_run = "config.yaml" in held or LEDGER in held
+    if config.exist == "fail" or (is_run and config.exist != "replace"):
+        raise _exists(location)
+    if not is_run:
+        raise _not_a_run(location)
 
 
 def _exists(location: str) -> ConfigError:
