@@ -78,7 +78,7 @@ class AlreadyFinished(ConfigError):
 
 def has_begun(config: RunConfig) -> bool:
     """Whether the folder of `config` holds a run."""
-    with _small_files(_absolute(location_of(config)), ("config.yaml",)) as files:
+    with _small_files(location_of(config), ("config.yaml",)) as files:
         return bool(files)
 
 
@@ -90,7 +90,7 @@ def resumed_config(
     run: its folder, by path or fsspec URL. Raises ConfigError when there is none, when it has another format, when
     what a resumed run must keep has changed, or when the prompt file is another than at the start; AlreadyFinished.
     """
-    location = _absolute(run)
+    location = run.rstrip("/") if "://" in run else str(Path(run).expanduser().absolute())
     with _small_files(location, ("config.yaml", "manifest.json", "summary.json")) as files:
         if "config.yaml" not in files:
             raise ConfigError("run", f"there is no run at {run}", "give the folder that holds its config.yaml")
@@ -106,10 +106,6 @@ def resumed_config(
     if not accept_new_prompts:
         _refuse_new_prompts(manifest, config)
     return config
-
-
-def _absolute(run: str) -> str:
-    return run.rstrip("/") if "://" in run else str(Path(run).expanduser().absolute())
 
 
 def _at_home(given: RunConfig, saved: RunConfig) -> RunConfig:
