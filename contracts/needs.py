@@ -1,7 +1,8 @@
 """What the objective of a run needs: its declaration and the configuration together, for actors, learner and cluster.
 
-The registry declares what an objective always needs. A KL term adds the reference snapshot, and groups that may be
-stale (or whose old log-probs are recomputed) add the recorded means, from which the drift is measured in nats.
+The registry declares what an objective always needs. A KL term or a push limit adds the reference snapshot,
+and groups that may be stale (or whose old log-probs are recomputed) add the recorded means, from which the drift is
+measured in nats.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def objective_needs(config: RunConfig) -> ObjectiveNeeds:
     resolved = resolve("objective", config.objective.name).declares
     declared = resolved if isinstance(resolved, ObjectiveNeeds) else ObjectiveNeeds()
     snapshots = declared.snapshots
-    if objective_field(config, "kl_beta", 0) > 0 and "ref" not in snapshots:
+    limited = objective_field(config, "push_limit", None) is not None
+    if (limited or objective_field(config, "kl_beta", 0) > 0) and "ref" not in snapshots:
         snapshots = (*snapshots, "ref")
     means = declared.means or (declared.log_probs and measures_drift(config))
     return declared.model_copy(update={"snapshots": snapshots, "means": means})

@@ -57,6 +57,10 @@ class NFTConfig(Section):
         description="added to each clipped advantage: a pull to all own samples against drift that no reward sees; "
         "0 is the paper's loss",
     )  # fmt: skip
+    push_limit: float | None = Field(
+        default=None, gt=1, description="k: the push away from a bad sample fades as the old policy's velocity error "
+        "at it grows from the reference's to k times that, and is gone beyond. None: without bound, as published",
+    )  # fmt: skip
     kl_beta: float = Field(default=1e-4, ge=0)
     draws: int | None = Field(default=None, gt=0, description="times a sample; None: every rollout step but the last")
     time_grid: Literal["rollout", "interpolated", "uniform"] = Field(

@@ -21,6 +21,12 @@ about a velocity that it determines, and what is left there, p, holds the policy
 
 p = sample_pull is ours (the paper has 0): with centred advantages nothing holds v to the samples it makes, and at high
 noise, where a step hardly moves the sample, v drifts unseen until the run falls apart (docs/decisions/0011).
+
+push_limit k is ours too. Where x_t tells x_0, only the bad sample itself is near, and nothing bounds the push away
+from it: v_old follows, the error grows, the push goes on. With e = mean (v - (eps - x_0))^2, of the old policy and of
+the reference, a negative advantage counts (k - e_old / (e_ref + ERROR_FLOOR)) / (k - 1) of its size, at most 1 and at
+least 0: a trust region in what the model gets wrong (docs/decisions/0015). The metrics error_ratio (over all samples)
+and push_kept (over bad ones) watch it.
 Does not own: advantages (credit/group.py), the snapshots themselves (learner/snapshots.py).
 """
 
@@ -36,10 +42,12 @@ from learner.objectives.matching import Noised, mean_square, per_row, stack_draw
 from learner.types import LossSum, MicroBatch, StepJob
 
 MIN_WEIGHT = 1e-5
+ERROR_FLOOR = 0.01
+"""Added to the reference's velocity error, whose data and noise have a variance of about 1: less is as good as none."""
 
 
 class NFT(Objective[NFTConfig]):
-    """Needs clean latents and the snapshots `old`, and `ref` with a KL term."""
+    """Needs clean latents and the snapshots `old`, and `ref` with a KL term or a push limit."""
 
     declares = declared("nft")
     section = NFTConfig
@@ -48,7 +56,7 @@ class NFT(Objective[NFTConfig]):
         return self.config.draws or max(len(batch.sigmas) - 2, 1)
 
     def prepasses(self, job: StepJob) -> tuple[str | None, ...]:
-        return ("old", "ref") if self.config.kl_beta > 0 else ("old",)
+        return ("old", "ref") if self.config.kl_beta > 0 or self.config.push_limit is not None else ("old",)
 
     def prepass(self, model: ModelHandle, batch: MicroBatch, snapshot: str | None) -> dict[str, Tensor]:
         """{"old" or "ref": velocities fp32 [B,draws,C,h,w]} at the very times and noise the passes use."""
@@ -88,9 +96,9 @@ class NFT(Objective[NFTConfig]):
             positive, negative = (weight * loss for loss in velocity_losses(v, old, noised, self.config.beta))
         else:
             positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
-        r = self.optimality(batch.advantage * self.share(noised.s))
-        row_loss = self.config.advantage_clip * (r * positive + (1 - r) * negative) / self.config.beta
         means = Means(batch.weight)
+        r = self.optimality(self._counted(batch, noised, p, means))
+        row_loss = self.config.advantage_clip * (r * positive + (1 - r) * negative) / self.config.beta
         means.add("policy_loss", row_loss)
         means.add("positive_loss", positive)
         means.add("negative_loss", negative)
@@ -102,6 +110,18 @@ class NFT(Objective[NFTConfig]):
             means.add("kl", kl)
         return LossSum((batch.weight.double() * row_loss).sum().float(), means.pairs)
 
+    def _counted(self, batch: MicroBatch, noised: Noised, p: int, means: Means) -> Tensor:
+        """What counts of the clipped advantages at pass p, float64 [B]: by level, and of negative ones by the limit."""
+        clip = self.config.advantage_clip
+        advantage = (batch.advantage.double() * self.share(noised.s)).clamp(-clip, clip)
+        if self.config.push_limit is None:
+            return advantage
+        ratio = error_ratio(batch.prepass["old"][:, p], batch.prepass["ref"][:, p], noised)
+        kept, bad = push_kept(ratio, self.config.push_limit), advantage < 0
+        means.add("error_ratio", ratio)
+        means.add("push_kept", kept, bad)
+        return torch.where(bad, advantage * kept, advantage)
+
     def snapshot_decay(self, snapshot: str, optimizer_steps: int) -> float | None:
         """The old policy's decay d after `optimizer_steps` optimizer steps; the reference stays."""
         if snapshot != "old":
@@ -112,6 +132,16 @@ class NFT(Objective[NFTConfig]):
 def old_decay(optimizer_steps: int, flat: int, rate: float, hold: float) -> float:
     """0 up to `flat`, then (steps - flat) * rate, at most `hold`."""
     return 0.0 if optimizer_steps < flat else min((optimizer_steps - flat) * rate, hold)
+
+
+def error_ratio(old: Tensor, ref: Tensor, noised: Noised) -> Tensor:
+    """Squared velocity error of the old policy over the reference's, float64 [B]."""
+    return mean_square(old, noised.target) / (mean_square(ref, noised.target) + ERROR_FLOOR)
+
+
+def push_kept(ratio: Tensor, limit: float) -> Tensor:
+    """The share of a push away that is left: 1 up to a ratio of 1, 0 from `limit` on, linear between."""
+    return ((limit - ratio) / (limit - 1)).clamp(0, 1)
 
 
 def implicit_velocities(v: Tensor, old: Tensor, b: float) -> tuple[Tensor, Tensor]:

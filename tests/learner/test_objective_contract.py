@@ -159,6 +159,8 @@ def test_a_kl_term_adds_the_reference_and_staleness_the_means(tiny_model_folder)
     assert objective_needs(with_kl).snapshots == ("ref",)
     assert objective_needs(run_config(tiny_model_folder, {"name": "nft", "kl_beta": 0.0})).snapshots == ("old",)
     assert objective_needs(run_config(tiny_model_folder, "nft")).snapshots == ("old", "ref")
+    limited = run_config(tiny_model_folder, {"name": "nft", "kl_beta": 0.0, "push_limit": 3.0})
+    assert objective_needs(limited).snapshots == ("old", "ref")
     bf16 = run_config(tiny_model_folder, "grpo", pipeline={"max_staleness": 0})
     bf16 = bf16.model_copy(update={"model": bf16.model.model_copy(update={"dtype": "bf16"})})
     assert objective_needs(bf16).means

@@ -26,7 +26,7 @@ from learner.objectives.base import ModelHandle
 from learner.objectives.dpo import DPO
 from learner.objectives.draws import MIN_TIME, grid_times, logit_normal_times, noise, uniform_times
 from learner.objectives.matching import Noised, mean_square, velocity
-from learner.objectives.nft import NFT, implicit_losses, old_decay, velocity_losses
+from learner.objectives.nft import ERROR_FLOOR, NFT, error_ratio, implicit_losses, old_decay, push_kept, velocity_losses
 from learner.plan import noise_key
 
 
@@ -204,6 +204,64 @@ def test_nft_levels_of_advantages_must_rise():
         NFTConfig(advantage_levels=(0.9, 0.6))
 
 
+# -- nft's push limit
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.0, 1.0), (1.0, 1.0), (2.0, 0.5), (2.5, 0.25), (3.0, 0.0), (50.0, 0.0)])
+def test_the_push_away_fades_between_the_reference_s_error_and_the_limit(ratio, kept):
+    assert float(push_kept(torch.tensor([ratio]), 3.0)) == pytest.approx(kept)
+
+
+def test_the_error_ratio_is_the_old_policy_s_error_over_the_reference_s():
+    torch.manual_seed(2)
+    old, ref, clean, eps = torch.randn(4, 2, 1, 2, 2)
+    found = error_ratio(old, ref, Noised.of(clean, torch.tensor([0.3, 0.8]), eps))
+    for i in range(2):
+        target = eps[i] - clean[i]
+        expected = float((old[i] - target).square().mean()) / (float((ref[i] - target).square().mean()) + ERROR_FLOOR)
+        assert float(found[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def limited_batch(policy, objective, model, old_error):
+    """Rows with advantages of both signs whose old policy misses the target by old_error times the reference's miss."""
+    batch = at_all(policy, objective, model, painted(policy, advantage=torch.tensor([0.7, -0.5, 0.9, -0.2])))
+    target = objective.noised(batch, 0).target
+    return replace(batch, prepass={"old": (target + old_error)[:, None], "ref": (target + 1.0)[:, None]})
+
+
+@pytest.mark.parametrize("error", ["self_normalised", "velocity"])
+def test_nft_pushes_no_further_than_its_limit_and_goes_on_pulling(error):
+    """Beyond the limit the loss is that of the batch without its bad samples' advantages; below 1 the published."""
+    policy = toy_policy()
+    fields = {"kl_beta": 0.0, "draws": 1, "error": error, "advantage_clip": 1.0, "beta": 0.5}
+    (limited, model), (free, _) = nft(policy, push_limit=3.0, **fields), nft(policy, **fields)
+    for old_error, free_advantage in ((10.0, [0.7, 0.0, 0.9, 0.0]), (0.9, [0.7, -0.5, 0.9, -0.2])):
+        batch = limited_batch(policy, limited, model, old_error)
+        same = replace(batch, advantage=torch.tensor(free_advantage))
+        found = limited.loss(model, batch, 0)
+        torch.testing.assert_close(found.loss, free.loss(model, same, 0).loss)
+        assert metric(found, "push_kept") == pytest.approx(1.0 if old_error < 1 else 0.0)
+        assert metric(found, "error_ratio") == pytest.approx(old_error**2 / (1 + ERROR_FLOOR), rel=1e-5)
+
+
+def test_nft_at_the_reference_is_the_published_loss_whatever_the_limit():
+    policy = toy_policy()
+    (limited, model), (free, _) = nft(policy, push_limit=1.5, kl_beta=0.0), nft(policy, kl_beta=0.0)
+    batch = at_all(policy, limited, model, painted(policy))
+    for draw in range(limited.num_passes(batch)):
+        torch.testing.assert_close(limited.loss(model, batch, draw).loss, free.loss(model, batch, draw).loss)
+
+
+def test_a_push_limit_must_leave_room_above_the_reference():
+    with pytest.raises(ValueError, match="push_limit"):
+        NFTConfig(push_limit=1.0)
+
+
+def metric(found, name):
+    total, weight = found.metrics[name]
+    return float(total / weight)
+
+
 def test_nft_velocity_losses_are_their_formula():
     torch.manual_seed(1)
     v, old, clean = torch.randn(3, 2, 1, 2, 2)
@@ -238,9 +296,10 @@ def test_old_decay_schedules(schedule, step, expected):
     assert objective.snapshot_decay("ref", step) is None
 
 
-def test_nft_asks_for_the_reference_only_with_a_kl_term():
+def test_nft_asks_for_the_reference_only_with_a_kl_term_or_a_push_limit():
     assert nft(toy_policy(), kl_beta=0.0)[0].prepasses(job()) == ("old",)
-    assert nft(toy_policy(), kl_beta=1e-4)[0].prepasses(job()) == ("old", "ref")
+    for fields in ({"kl_beta": 1e-4}, {"kl_beta": 0.0, "push_limit": 3.0}):
+        assert nft(toy_policy(), **fields)[0].prepasses(job()) == ("old", "ref")
 
 
 def test_nft_draws_set_the_number_of_passes_and_take_distinct_levels():
