@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from contracts.config.aggregation import AggregationConfig, WeightedSumConfig
 from contracts.config.base import Section, variant
@@ -52,11 +52,6 @@ class NFTConfig(Section):
     name: Literal["nft"] = "nft"
     beta: float = Field(default=1.0, gt=0, description="b: how far the implicit policies reach from the old one")
     advantage_clip: float = Field(default=5.0, gt=0)
-    sample_pull: float = Field(
-        default=0.0, ge=0, le=1,
-        description="added to each clipped advantage: a pull to all own samples against drift that no reward sees; "
-        "0 is the paper's loss",
-    )  # fmt: skip
     push_limit: float | None = Field(
         default=None, gt=1, description="k: the push away from a bad sample fades as the old policy's velocity error "
         "at it grows from the reference's to k times that, and is gone beyond. None: without bound, as published",
@@ -67,17 +62,6 @@ class NFTConfig(Section):
         default="rollout", description="times: the rollout's levels but the last, or all that lie between its levels "
         "(down to 0, stratified over the draws), or uniform",
     )  # fmt: skip
-    error: Literal["self_normalised", "velocity"] = Field(
-        default="self_normalised", description="of the implicit policies: in x_0 over its own size, as published, "
-        "or in the velocity, as flow matching has it",
-    )  # fmt: skip
-    level_power: float = Field(
-        default=0.0, ge=0, description="k: velocity errors at noise level s weigh s^k; 2 makes them errors in x_0"
-    )
-    advantage_levels: tuple[float, float] = Field(
-        default=(0.0, 0.0), description="noise levels between which advantages fade in; below, samples only pull "
-        "(sample_pull). (0, 0): they count everywhere, as published",
-    )  # fmt: skip
     noise_per: Literal["sample", "group"] = Field(
         default="sample", description="group: the samples of a group share times and noise, which cancels what is "
         "common to them, as centred advantages sum to 0",
@@ -85,13 +69,6 @@ class NFTConfig(Section):
     decay_flat: int = Field(default=0, ge=0, description="old-policy EMA: decay 0 up to this optimizer step")
     decay_rate: float = Field(default=0.001, ge=0)
     decay_hold: float = Field(default=0.5, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _levels_rise(self) -> NFTConfig:
-        low, high = self.advantage_levels
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"advantage_levels {low}, {high} do not rise within 0 to 1")
-        return self
 
 
 class DPOConfig(Section):

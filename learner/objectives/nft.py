@@ -1,32 +1,23 @@
 """DiffusionNFT (2509.16117): flow matching on own samples, towards the good and away from the bad.
 
-With v_old the EMA policy that painted, optimality r = (clamp(A,-c,c) + p)/(2c) + 1/2 and b = beta:
+With v_old the EMA policy that painted, optimality r = clamp(A,-c,c)/(2c) + 1/2 and b = beta:
 
     v+ = b v + (1-b) v_old            v- = (1+b) v_old - b v
     l± = mean_d (x_t - t v± - x_0)^2 / w±,   w± = max(mean_d |x_t - t v± - x_0|, 1e-5), float64, no gradient
     L  = c (r l+ + (1-r) l-)/b + beta_kl mean_d (v - v_ref)^2,   c = advantage_clip
 
-One pass a time; losses in float64. At v = v_old the gradient is that of (A + p) * mse_x0 / w whatever b is. The old
+One pass a time; losses in float64. At v = v_old the gradient is that of A * mse_x0 / w whatever b is. The old
 policy moves once a learner step: old = d old + (1-d) current, d = min((optimizer steps - flat) * rate, hold).
 
 With noise_per "group" the gradient's part that all samples of a group have in common cancels: their advantages sum to
 zero. Diffusion-DPO (2311.12908) does the same with the two samples of a pair; here it is ours.
 
-error "velocity" leaves the weights w± out: l± = t^k mean_d (v± - (eps - x_0))^2, k = level_power (2: plain errors in
-x_0). Where x_t tells x_0 the error is small, and so is then the push away from a bad sample; divided by w± it is as
-strong as anywhere, and pushes the velocity at bad samples without bound (docs/decisions/0013).
-
-advantage_levels fades advantages out below the levels at which x_t leaves x_0 open: a sample's reward says nothing
-about a velocity that it determines, and what is left there, p, holds the policy to its samples.
-
-p = sample_pull is ours (the paper has 0): with centred advantages nothing holds v to the samples it makes, and at high
-noise, where a step hardly moves the sample, v drifts unseen until the run falls apart (docs/decisions/0011).
-
-push_limit k is ours too. Where x_t tells x_0, only the bad sample itself is near, and nothing bounds the push away
+push_limit k is ours. Where x_t tells x_0, only the bad sample itself is near, and nothing bounds the push away
 from it: v_old follows, the error grows, the push goes on. With e = mean (v - (eps - x_0))^2, of the old policy and of
 the reference, a negative advantage counts (k - e_old / (e_ref + ERROR_FLOOR)) / (k - 1) of its size, at most 1 and at
 least 0: a trust region in what the model gets wrong (docs/decisions/0015). The metrics error_ratio (over all samples)
 and push_kept (over bad ones) watch it.
+
 Does not own: advantages (credit/group.py), the snapshots themselves (learner/snapshots.py).
 """
 
@@ -76,28 +67,19 @@ class NFT(Objective[NFTConfig]):
         times = grid_times if self.config.time_grid == "rollout" else uniform_times
         return times(batch, seed, draw)
 
-    def share(self, s: Tensor) -> Tensor:
-        """How much of an advantage counts at levels s [B]: 0 below advantage_levels, 1 above, linear between."""
-        low, high = self.config.advantage_levels
-        return ((s - low) / max(high - low, 1e-6)).clamp(0, 1)
-
-    def optimality(self, advantage: Tensor) -> Tensor:
-        """r, float64: in [0,1], and sample_pull/(2c) above that with a pull."""
-        clip = self.config.advantage_clip
-        return (advantage.double().clamp(-clip, clip) + self.config.sample_pull) / clip / 2 + 0.5
-
     def loss(self, model: ModelHandle, batch: MicroBatch, p: int) -> LossSum:
         assert batch.clean is not None
         noised = self.noised(batch, p)
         v = velocity(model, batch, noised)
         old = batch.prepass["old"][:, p]
-        if self.config.error == "velocity":
-            weight = noised.s.double() ** self.config.level_power
-            positive, negative = (weight * loss for loss in velocity_losses(v, old, noised, self.config.beta))
-        else:
-            positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
-        means = Means(batch.weight)
-        r = self.optimality(self._counted(batch, noised, p, means))
+        positive, negative = implicit_losses(v, old, noised, batch.clean, self.config.beta)
+        r, means = optimality(batch.advantage, self.config.advantage_clip), Means(batch.weight)
+        if self.config.push_limit is not None:
+            ratio = error_ratio(old, batch.prepass["ref"][:, p], noised)
+            kept, bad = push_kept(ratio, self.config.push_limit), r < 0.5
+            r = torch.where(bad, 0.5 - kept * (0.5 - r), r)
+            means.add("error_ratio", ratio)
+            means.add("push_kept", kept, bad)
         row_loss = self.config.advantage_clip * (r * positive + (1 - r) * negative) / self.config.beta
         means.add("policy_loss", row_loss)
         means.add("positive_loss", positive)
@@ -110,18 +92,6 @@ class NFT(Objective[NFTConfig]):
             means.add("kl", kl)
         return LossSum((batch.weight.double() * row_loss).sum().float(), means.pairs)
 
-    def _counted(self, batch: MicroBatch, noised: Noised, p: int, means: Means) -> Tensor:
-        """What counts of the clipped advantages at pass p, float64 [B]: by level, and of negative ones by the limit."""
-        clip = self.config.advantage_clip
-        advantage = (batch.advantage.double() * self.share(noised.s)).clamp(-clip, clip)
-        if self.config.push_limit is None:
-            return advantage
-        ratio = error_ratio(batch.prepass["old"][:, p], batch.prepass["ref"][:, p], noised)
-        kept, bad = push_kept(ratio, self.config.push_limit), advantage < 0
-        means.add("error_ratio", ratio)
-        means.add("push_kept", kept, bad)
-        return torch.where(bad, advantage * kept, advantage)
-
     def snapshot_decay(self, snapshot: str, optimizer_steps: int) -> float | None:
         """The old policy's decay d after `optimizer_steps` optimizer steps; the reference stays."""
         if snapshot != "old":
@@ -132,6 +102,11 @@ class NFT(Objective[NFTConfig]):
 def old_decay(optimizer_steps: int, flat: int, rate: float, hold: float) -> float:
     """0 up to `flat`, then (steps - flat) * rate, at most `hold`."""
     return 0.0 if optimizer_steps < flat else min((optimizer_steps - flat) * rate, hold)
+
+
+def optimality(advantage: Tensor, clip: float) -> Tensor:
+    """r, float64 in [0,1]: below 1/2 for a bad sample."""
+    return advantage.double().clamp(-clip, clip) / clip / 2 + 0.5
 
 
 def error_ratio(old: Tensor, ref: Tensor, noised: Noised) -> Tensor:
@@ -148,12 +123,6 @@ def implicit_velocities(v: Tensor, old: Tensor, b: float) -> tuple[Tensor, Tenso
     """(v+, v-), float64: the implicit positive and negative policies."""
     v, old = v.double(), old.double()
     return b * v + (1 - b) * old, (1 + b) * old - b * v
-
-
-def velocity_losses(v: Tensor, old: Tensor, noised: Noised, b: float) -> tuple[Tensor, Tensor]:
-    """(l+, l-), float64 [B]: squared velocity errors of the implicit policies."""
-    positive, negative = implicit_velocities(v, old, b)
-    return mean_square(positive, noised.target), mean_square(negative, noised.target)
 
 
 def implicit_losses(v: Tensor, old: Tensor, noised: Noised, clean: Tensor, b: float) -> tuple[Tensor, Tensor]:
