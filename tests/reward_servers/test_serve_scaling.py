@@ -206,7 +206,12 @@ def test_every_request_gets_one_answer_or_a_typed_failure_when_replicas_are_kill
     assert load.stats.failures, "no request was under way in a replica that was killed"
     assert len(killed) == 2
     assert load.tables[-1][1].valid().all(), "it was not served again"
-    wait_until(lambda: row("slow")["status"] == "RUNNING")
+
+    def healed() -> bool:
+        slow = row("slow")
+        return slow["status"] == "RUNNING" and not set(killed) & set(slow["pids"])
+
+    wait_until(healed)
 
 
 def test_a_replica_speaks_the_protocol_of_a_server_behind_uvicorn(serve: dict[str, str]) -> None:
