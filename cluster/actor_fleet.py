@@ -13,10 +13,11 @@ import itertools
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from cluster.awake import within
 from cluster.context import RunContext
+from cluster.deaths import ActorGone
 from cluster.evaluate import EvalPlan
 from cluster.hang_watch import kill_on_its_node
 from cluster.refs import all_or_none, value
@@ -205,7 +206,7 @@ class EvalPainters:
                 done, images = options.remote(chunk.prompts, chunk.sampling, chunk.seeds)
                 await within(value(done), self.lease_s)  # the images stay where they are
                 return images
-            except (RayActorError, TimeoutError) as error:
+            except (*ActorGone, TimeoutError) as error:
                 lost = error
                 self._once_back(name, self.fleet.revive(name, kill=isinstance(error, TimeoutError)))
             finally:

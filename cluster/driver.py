@@ -254,6 +254,7 @@ def _one_controller(
     import ray
 
     from cluster.controller import ControllerActor
+    from cluster.deaths import ActorGone, how
 
     controller = ControllerActor.options(**options).remote(config, parts, resume)
     interrupts.begin(controller)
@@ -270,9 +271,9 @@ def _one_controller(
             raise _ControllerLost(f"the controller did not answer for {limit:g} s", resume, status)
     try:
         return _result(result)
-    except ray.exceptions.RayActorError as error:
+    except ActorGone as error:
         _kill(controller, status)  # unless it only could not be reached
-        raise _ControllerLost(f"the controller died: {error}", resume, status) from error
+        raise _ControllerLost(f"the controller died: {how(error)}", resume, status) from error
 
 
 def _kill(controller: Any, status: dict[str, Any]) -> None:

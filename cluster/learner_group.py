@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
 from ray.util.placement_group import (
     get_placement_group,
     placement_group,
@@ -26,6 +25,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.awake import wait_all, within
+from cluster.deaths import ActorGone, how
 from cluster.host_copies import HostCopies
 from cluster.refs import root_cause, value
 from cluster.workers import RankWorker
@@ -180,9 +180,9 @@ class LearnerGroup:
 
     def _as_lost(self, errors: Mapping[int, BaseException | None]) -> Exception:
         """A dead rank makes its peers fail in their collectives, so any death explains the others' errors."""
-        dead = [index for index, error in errors.items() if isinstance(error, RayActorError)]
+        dead = {index: error for index, error in errors.items() if isinstance(error, ActorGone)}
         if dead:
-            return RankLost(f"learner ranks {dead} died: {_last_line(errors[dead[0]])}")
+            return RankLost(f"learner ranks {list(dead)} died: {how(next(iter(dead.values())))}")
         index, error = next(iter(errors.items()))
         cause = None if error is None else root_cause(error)
         if isinstance(cause, LearnerError | NotStored):
@@ -204,12 +204,6 @@ def remove_leftover_placements() -> None:
 def _prefix() -> str:
     """Of the names of this Ray job's placement groups; the driver and its actors share the job."""
     return f"salon-{ray.get_runtime_context().get_job_id()}-"
-
-
-def _last_line(error: BaseException | None) -> str:
-    """Ray's account of a death ends with how the process went."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _is_collective_error(error: BaseException | None) -> bool:

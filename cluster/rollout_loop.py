@@ -14,11 +14,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from cluster.actor_fleet import ActorFleet
 from cluster.awake import wait_all
 from cluster.context import RunContext, Scored
+from cluster.deaths import ActorGone, how
 from cluster.refs import root_cause, value
 from contracts.errors import NotStored, SalonError, StaleLease, WeightsNotProven, WeightsTimeout
 from contracts.wire import DiscardReason, GroupState, PaintReceipt, PromptTask, Source
@@ -102,7 +103,7 @@ class RolloutLoop:
         handle = self.fleet.handles[name]
         try:
             receipt = await self._receipt(handle.paint.remote(task), task)
-        except (RayActorError, TimeoutError) as error:
+        except (*ActorGone, TimeoutError) as error:
             self.context.telemetry.event("paint_lost", actor=name, group=task.group_id, error=type(error).__name__)
             self._give_back(task)
             self._count_lost(error)
@@ -132,7 +133,7 @@ class RolloutLoop:
             what = "outlived rollout.lease_s" if isinstance(error, TimeoutError) else "lost its actor"
             self.context.stop(SalonError(
                 f"each of the last {self.lost_in_a_row} paintings {what}, so nothing is painted; the last one: "
-                f"{type(error).__name__} {error}"
+                f"{how(error)}"
             ))  # fmt: skip
 
     async def _accept(self, name: str, task: PromptTask, receipt: PaintReceipt) -> None:

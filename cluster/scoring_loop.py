@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.awake import within
 from cluster.context import RunContext
+from cluster.deaths import ActorGone
 from cluster.fruitless import Fruitless
 from cluster.refs import root_cause, value
 from cluster.step import discard_reason, group_rewards, unscored_tables
@@ -62,7 +63,7 @@ class ScoringLoop:
                 tables, spans = await within(self._tables(group_id, vault), lease_s)
                 if online is not None and (stale := online.stale(tables, since)):
                     raise ScoringError(f"scored by a version that is not in use: {', '.join(stale)}")
-            except (RayActorError, RayTaskError, TimeoutError, ScoringError) as error:
+            except (*ActorGone, RayTaskError, TimeoutError, ScoringError) as error:
                 if await self._lost(group_id, vault, attempt, error):
                     return
                 continue
@@ -84,7 +85,7 @@ class ScoringLoop:
             self._count_discarded(group_id, images, DiscardReason.ATTEMPTS)
             self.fruitless.check()
             return True
-        if isinstance(error, RayActorError):
+        if isinstance(error, ActorGone):
             await self.dispatcher_is_back()
         await asyncio.sleep(0.5)
         return False

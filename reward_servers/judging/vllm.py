@@ -45,7 +45,12 @@ CPU_BUILD = Path(__file__).resolve().parents[2] / ".cache" / "vllm_cpu"
 _LOG_LINES = 25
 _FORMS = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
 """JSON without blanks between its parts: a small judge else fills its answer with line ends, as the grammar lets it."""
-_CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32")
+_CPU_ARGUMENTS = (
+    "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32",
+    "--kv-cache-memory-bytes", str(2**30), "--max-model-len", "auto",
+)  # fmt: skip
+"""Without a size of its own vLLM's cache takes 92 % of the machine's memory, of which a run beside it would need some,
+and a restart beside a run would find too little. auto: the longest questions this size holds, at most the model's."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from cluster import actor_fleet
 from cluster.actor_fleet import ATTEMPTS, ActorFleet, EvalPainters
@@ -97,7 +97,8 @@ def test_a_run_without_any_actor_ends() -> None:
     asyncio.run(run())
 
 
-def test_an_evaluation_is_painted_by_those_who_are_there() -> None:
+@pytest.mark.parametrize("death", [RayActorError(), OutOfMemoryError("the node's memory is full")])
+def test_an_evaluation_is_painted_by_those_who_are_there(death: Exception) -> None:
     class Painting:
         """An actor that answers at once, or died."""
 
@@ -107,7 +108,7 @@ def test_an_evaluation_is_painted_by_those_who_are_there() -> None:
 
         def _paint(self, *_: Any) -> tuple[Any, str]:
             done = asyncio.get_running_loop().create_future()
-            done.set_exception(RayActorError()) if self.name in self.fleet.gone else done.set_result(None)
+            done.set_exception(death) if self.name in self.fleet.gone else done.set_result(None)
             return done, f"images of {self.name}"
 
     async def run() -> None:

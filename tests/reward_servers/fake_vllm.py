@@ -45,6 +45,8 @@ if __name__ == "__main__":
         "--dtype",
         "--max-num-seqs",
         "--structured-outputs-config",
+        "--kv-cache-memory-bytes",
+        "--max-model-len",
     ):
         parser.add_argument(name)
     parser.add_argument("--port", type=int)

@@ -83,7 +83,6 @@ def served(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "--port", "0", "--vllm-port", str(port), "--ready-file", str(ready), "--vllm-log", str(folder / "vllm.log"),
         "--option", "min_mass=0",
         "--option", "cache_entries=0", "--option", "deadline_s=400", *(f"--vllm-arg={argument}" for argument in LONGER),
-        "--vllm-arg=--kv-cache-memory-bytes=67108864",
     ]  # fmt: skip
     with log.open("wb") as output:
         env = {**os.environ, "SALON_JUDGE_TOKEN": VLLM_KEY}
@@ -107,6 +106,13 @@ def served(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def pictures_of(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+def test_on_a_cpu_it_leaves_memory_to_a_run_beside_it(served: Served) -> None:
+    """Left to itself vLLM's cache takes nearly all that the machine has."""
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    assert len(children) > 1
+    assert sum(child.memory_info().rss for child in children) < 4 * 2**30
 
 
 def test_its_probabilities_are_the_models(judge_folder: Path, served: Served) -> None:
