@@ -47,6 +47,7 @@ def test_online_methods_with_groups_one_step_old(objective: str, tiny_model_fold
         assert (state / "snapshot-old.safetensors").is_file(), "nft paints with an average of past weights"
 
 
+@pytest.mark.long  # test_own_things.py trains an adapter, law 1 replays under guidance
 def test_grpo_trains_an_adapter_under_guidance(tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_model_folder, tmp_path, model__tuning="lora", model__lora={"rank": 4, "alpha": 8},

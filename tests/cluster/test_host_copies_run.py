@@ -31,6 +31,7 @@ def test_a_run_whose_broadcasts_fail_goes_on_by_the_object_store(tmp_path: Path)
     assert events(config, "weights_proven")[-1]["version"] >= STEPS - 1
 
 
+@pytest.mark.long  # test_host_copies.py makes channels anew
 def test_a_rebuilt_learner_makes_a_new_channel(tmp_path: Path) -> None:
     config = timers(tmp_path, timeout_s=30.0)
     write_faults(config, [("update", 3, 0, "SIGKILL")])

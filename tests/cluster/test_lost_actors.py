@@ -56,6 +56,7 @@ def run_and_signal(config: RunConfig, actor: str, number: int) -> dict[str, Any]
     return ray.get(result)
 
 
+@pytest.mark.long  # law 6 stops an actor, too
 @pytest.mark.usefixtures("shared_ray")
 def test_an_idle_actor_that_hangs_is_replaced_and_holds_nobody_up(tmp_path: Path) -> None:
     config = slow_learner(tmp_path, "hung", actors=2)

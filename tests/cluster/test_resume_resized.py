@@ -43,14 +43,12 @@ def config_of(model: Path, folder: Path, ranks: int, actors: int, steps: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_engine_ranks.py loads what other ranks wrote, test_resume_from_url.py resumes a run
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("ranks", "actors"),
-    [
-        pytest.param((2, 1), (1, 2), id="2 to 1 rank"),
-        pytest.param((1, 2), (2, 1), id="1 to 2 ranks", marks=pytest.mark.long),
-    ],
+    [pytest.param((2, 1), (1, 2), id="2 to 1 rank"), pytest.param((1, 2), (2, 1), id="1 to 2 ranks")],
 )
 def test_a_run_goes_on_with_other_numbers_of_ranks_and_actors(
     ranks: tuple[int, int], actors: tuple[int, int], tiny_model_folder: Path, tmp_path: Path
