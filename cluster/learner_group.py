@@ -168,7 +168,7 @@ class LearnerGroup:
         """All results, or RankLost at the first death or at the deadline (a hung rank is not noticed otherwise)."""
         tasks = [asyncio.ensure_future(value(ref)) for ref in refs]
         done, pending = await wait_all(tasks, timeout_s)
-        errors = {tasks.index(task): task.exception() for task in done if task.exception() is not None}
+        errors = {tasks.index(task): error for task in done if (error := task.exception()) is not None}
         if not errors and not pending:
             return [task.result() for task in tasks]
         for task in pending:
@@ -178,19 +178,19 @@ class LearnerGroup:
             raise RankLost(f"learner ranks {hung} did not answer within {timeout_s:.0f} s")
         raise self._as_lost(errors)
 
-    def _as_lost(self, errors: Mapping[int, BaseException | None]) -> Exception:
+    def _as_lost(self, errors: Mapping[int, BaseException]) -> Exception:
         """A dead rank makes its peers fail in their collectives, so any death explains the others' errors."""
-        dead = {index: error for index, error in errors.items() if isinstance(error, ActorGone)}
+        dead = [index for index, error in errors.items() if isinstance(error, ActorGone)]
         if dead:
-            return RankLost(f"learner ranks {list(dead)} died: {how(next(iter(dead.values())))}")
+            return RankLost(f"learner ranks {dead} died: {how(errors[dead[0]])}")
         index, error = next(iter(errors.items()))
-        cause = None if error is None else root_cause(error)
+        cause = root_cause(error)
         if isinstance(cause, LearnerError | NotStored):
             return cause
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, outside what is repeated with half the micro-batch
             return LearnerError(f"learner rank {index} is out of memory; lower learner.micro_batch, or add ranks")
-        if self.config.learner.ranks > 1 and _is_collective_error(cause or error):
-            return RankLost(f"learner rank {index} lost its peers: {cause or error}")
+        if self.config.learner.ranks > 1 and _is_collective_error(cause):
+            return RankLost(f"learner rank {index} lost its peers: {cause}")
         return cause if isinstance(cause, Exception) else LearnerError(f"learner rank {index} failed: {error}")
 
 
@@ -206,6 +206,6 @@ def _prefix() -> str:
     return f"salon-{ray.get_runtime_context().get_job_id()}-"
 
 
-def _is_collective_error(error: BaseException | None) -> bool:
+def _is_collective_error(error: BaseException) -> bool:
     text = str(error).lower()
     return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "process group"))
