@@ -209,7 +209,7 @@ def _is(process: psutil.Process, text: str) -> bool:
 
 
 def recover(
-    run: RunUnderFire, watch: Watch, steps: int = 1, timeout_s: float = 240.0, look_s: float = 0.1,
+    run: RunUnderFire, watch: Watch, steps: int = 1, timeout_s: float = 240.0, look_s: float = 0.25,
     restored: Callable[[], bool] = lambda: True,
 ) -> float:  # fmt: skip
     """Seconds until the run has made `steps` more learner steps than now and is `restored`; looks all the while.

@@ -163,7 +163,7 @@ class Soak:
 
     def _recover(self, **more: Any) -> float:
         assert self.run is not None
-        return recover(self.run, self.watch, timeout_s=RECOVERY_S, look_s=0.25, **more)
+        return recover(self.run, self.watch, timeout_s=RECOVERY_S, **more)
 
     def _wait(self, seconds: float) -> None:
         """Let the run go on, looking at its books and its memory."""

@@ -21,7 +21,10 @@ from pathlib import Path
 
 import pytest
 
+from contracts.startup import collect_seldom
 from tests import kept_ray
+
+collect_seldom()
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_RUNS = ("laws", "ops", "cluster")

@@ -1,7 +1,8 @@
 """The five thin users of the contracts as whole runs: Ray, HTTP, ledger, vault, learner, weights back to the actors.
 
 Two steps each on the miniature model, all on one local Ray. What they learn is another test's subject. Law 2's test
-takes the five through the cluster, too, so those marked `long` are left to `make test LONG=yes`.
+takes the five through the cluster, too, and test_own_things.py one whose groups are a step old; so those marked `long`
+are left to `make test LONG=yes`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def proven_versions(config: RunConfig) -> set[int]:
     return {event["version"] for event in events(config, "weights_proven")}
 
 
-@pytest.mark.parametrize("objective", ["grpo", pytest.param("nft", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["grpo", "nft"])
 def test_online_methods_with_groups_one_step_old(objective: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_model_folder, tmp_path, objective, pipeline__max_staleness=1, eval__before=True, stop__steps=3,

@@ -67,6 +67,7 @@ def test_an_idle_actor_that_hangs_is_replaced_and_holds_nobody_up(tmp_path: Path
     assert summary["images_trained"] == STEPS * 2 * 4
 
 
+@pytest.mark.long  # law 6 kills actors, too, and new weights must find the one below that stays away
 @pytest.mark.usefixtures("shared_ray")
 def test_an_only_actor_killed_while_idle_paints_on_with_the_newest_weights(tmp_path: Path) -> None:
     config = slow_learner(tmp_path, "killed", actors=1)

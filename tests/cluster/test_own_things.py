@@ -1,7 +1,8 @@
 """A user's own scorer, reward function, prompts, objective and model, from a working directory without a fork.
 
-Everything goes through `python -m cluster` as a user types it, in a folder that holds nothing of Salon:
-two runs, what they export, and a third that starts from both exports and is stopped by SIGTERM.
+Everything goes through `python -m cluster` as a user types it, in a folder that holds nothing of Salon: a run, what it
+exports, and another that starts from the export and from an adapter and is stopped by SIGTERM. No process outlives the
+command that started it, however that ends.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from safetensors.numpy import load_file
@@ -98,34 +101,58 @@ def base_config() -> dict[str, Any]:
         ],
         "objective": {"name": "my_objectives:SignGRPO", "options": {"clip_range": 1e-3}},
         "learner": {"engine": "plain", "optimizer": {"lr": 1e-2}},
-        "eval": {"before": False, "num_prompts": 4, "samples_to_save": 1},
+        "eval": {"before": True, "num_prompts": 4, "samples_to_save": 1},
         "telemetry": {"tensorboard": False, "report": False},
         "cluster": {"object_store_mb": 100},
         "stop": {"steps": 2},
     }
 
 
+MARK, GONE_S = "SALON_TEST_STARTED_BY", 60.0
+
+
 class Desk:
-    """A working directory and the commands typed in it."""
+    """A working directory and the commands typed in it; what they start inherits a mark in its environment."""
 
     def __init__(self, folder: Path, repo_root: Path) -> None:
         self.folder = folder
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # a user's shell
-        self.env = {**plain, "PYTHONPATH": str(repo_root), "HF_HUB_OFFLINE": "1"}
+        self.mark = uuid.uuid4().hex
+        self.env = {**plain, "PYTHONPATH": str(repo_root), "HF_HUB_OFFLINE": "1", MARK: self.mark}
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "cluster", *words]
 
     def type(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             self.command(*words), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=900
         )
+        self.check_nothing_is_left()
+        return done
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(*words), cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip
+
+    def started(self) -> dict[int, str]:
+        """pid -> command of what the commands have started and still runs, whatever session or parent it has."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found[process.pid] = " ".join(process.cmdline())[:200]
+            except psutil.Error:
+                continue
+        return found
+
+    def check_nothing_is_left(self) -> None:
+        """Once a command has ended."""
+        deadline = time.monotonic() + GONE_S
+        while left := self.started():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.2)
 
     def summary(self, run: str) -> dict[str, Any]:
         return json.loads((self.folder / "runs" / run / "summary.json").read_text())
@@ -172,15 +199,6 @@ def own_run(desk: Desk) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def adapter_run(desk: Desk) -> subprocess.CompletedProcess[str]:
-    """The same scorers on prompts from JSON lines, an adapter instead of full weights."""
-    return desk.type(
-        "train", "config.yaml", "name=adapter", "model.tuning=lora", "model.lora.rank=4", "model.lora.alpha=8",
-        "prompts.source=jsonl", "prompts.path=prompts.jsonl", "prompts.held_out_fraction=0.3",
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
 def pipeline(desk: Desk, own_run: object) -> Path:
     """The diffusers folder exported from the first run."""
     done = desk.type("export", "runs/own")
@@ -189,11 +207,19 @@ def pipeline(desk: Desk, own_run: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(desk: Desk, adapter_run: object) -> Path:
-    """The LoRA exported from the second run."""
-    done = desk.type("export", "runs/adapter", "--lora", "--out", "adapter")
-    assert done.returncode == 0, done.stderr
-    return desk.folder / "adapter"
+def adapter(desk: Desk, tiny_model_folder: Path) -> Path:
+    """A LoRA whose B is no longer zero, as diffusers writes one."""
+    import torch
+
+    from contracts.config.model import LoraConfig, ModelConfig
+    from policy.export import export_lora
+    from policy.policy import Policy
+
+    config = ModelConfig(path=str(tiny_model_folder), tuning="lora", lora=LoraConfig(rank=4, alpha=8))
+    policy = Policy.load(config, seed=0, trainable=True)
+    for tensor in (tensor for name, tensor in policy.trainable().items() if "lora_B" in name):
+        torch.nn.init.normal_(tensor, std=0.02)
+    return export_lora(policy, desk.folder / "adapter")
 
 
 def test_a_run_of_own_parts(desk: Desk, own_run: subprocess.CompletedProcess[str]) -> None:
@@ -205,15 +231,11 @@ def test_a_run_of_own_parts(desk: Desk, own_run: subprocess.CompletedProcess[str
     assert 0 < row["reward_mean/bright/brightness"] < 128, "its options reached the scorer"
     assert {"reward_mean/contrast/contrast", "reward_mean/contrast/length"} <= row.keys()
     assert desk.prompts("own")[:2] == ["number 100", "number 101"]
+    assert summary["held_out_strict_before"] is not None
+    samples = desk.folder / "runs" / "own" / "samples"
+    assert {path.name for path in samples.glob("*.png")} == {"before.png", "after.png"}
     assert "summary.json" in own_run.stdout
     assert "Traceback" not in own_run.stdout + own_run.stderr
-
-
-def test_an_adapter_on_prompts_with_metadata(desk: Desk, adapter_run: subprocess.CompletedProcess[str]) -> None:
-    assert adapter_run.returncode == 0, adapter_run.stderr
-    assert desk.summary("adapter")["outcome"] == "finished"
-    assert {text.split()[0] for text in desk.prompts("adapter")} <= {"cat", "dog"}
-    assert desk.rows("adapter")[-1]["score_outcomes_total/contrast/ok"] > 0, "the function read each row's metadata"
 
 
 @pytest.mark.long
@@ -227,15 +249,13 @@ def test_eval_of_a_run_and_of_its_export_agrees_with_the_run(desk: Desk, pipelin
     assert json.loads(of_model.stdout) == after
 
 
-def test_the_exports_load_in_diffusers(desk: Desk, pipeline: Path, adapter: Path) -> None:
+def test_the_export_loads_in_diffusers(desk: Desk, pipeline: Path) -> None:
     from diffusers import DiffusionPipeline
 
     loaded = DiffusionPipeline.from_pretrained(pipeline)
     live = dict(loaded.transformer.named_parameters())
     for name, array in desk.weights("own").items():
         np.testing.assert_array_equal(live[name].detach().numpy(), array, err_msg=name)
-    loaded.load_lora_weights(adapter)
-    assert loaded.get_active_adapters()
 
 
 def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pipeline: Path, adapter: Path) -> None:
@@ -249,20 +269,18 @@ def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pi
     deadline = time.monotonic() + 600
     while process.poll() is None and not desk.rows("warm") and time.monotonic() < deadline:
         time.sleep(0.2)
+    running = "\n".join(desk.started().values())
+    assert [what for what in ("reward_servers serve", "raylet", "gcs_server") if what not in running] == []
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert "Traceback" not in output
+    desk.check_nothing_is_left()
     summary = desk.summary("warm")
     assert summary["outcome"] == "stopped"
     assert summary["steps"] >= 1
     gone = sum(summary["images_discarded"].values())
     assert summary["images_painted"] == summary["images_trained"] + gone + summary["images_alive"], "a resume has them"
-    before, after = desk.weights("adapter"), desk.weights("warm")
-    assert before.keys() == after.keys()
-    for name, array in before.items():
-        np.testing.assert_allclose(after[name], array, atol=1e-5, err_msg=name)
-    assert max(np.abs(array).max() for name, array in before.items() if "lora_B" in name) > 1e-3, "B starts at 0"
     left = {text.split()[0] for text in desk.prompts("warm")}
     assert left == {"cat", "dog"}
 
@@ -270,9 +288,27 @@ def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pi
     resumed = desk.type(*command)  # as a scheduler repeats it
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (desk.summary("warm")["outcome"], desk.summary("warm")["steps"]) == ("finished", summary["steps"] + 1)
+    assert desk.rows("warm")[-1]["score_outcomes_total/contrast/ok"] > 0, "the function read each row's metadata"
     nothing_left = desk.type(*command)
     assert nothing_left.returncode == 0, nothing_left.stderr
     assert "is finished" in nothing_left.stdout
+    check_exported_adapter(desk, pipeline, adapter)
+
+
+def check_exported_adapter(desk: Desk, pipeline: Path, given: Path) -> None:
+    """What a run that learnt next to nothing exports is the adapter that it was given, as diffusers loads it."""
+    from diffusers import DiffusionPipeline
+
+    done = desk.type("export", "runs/warm", "--lora", "--out", "exported")
+    assert done.returncode == 0, done.stderr
+    folders = given, desk.folder / "exported"
+    before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in folders)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_allclose(after[name], array, atol=1e-5, err_msg=name)
+    loaded = DiffusionPipeline.from_pretrained(pipeline)
+    loaded.load_lora_weights(desk.folder / "exported")
+    assert loaded.get_active_adapters()
 
 
 MISTAKES = {

@@ -32,8 +32,9 @@ def test_a_killed_run_goes_on_from_its_url_though_its_local_folder_is_gone(
     """As on another machine: from the newest checkpoint, to the weights of a run that nothing happened to."""
     bucket = tmp_path / "bucket"
     config = tiny_config(
-        tiny_model_folder, tmp_path, runs_dir=bucket.as_uri(), checkpoint__every_steps=2, stop__steps=500
-    )
+        tiny_model_folder, tmp_path, runs_dir=bucket.as_uri(), checkpoint__every_steps=2, stop__steps=500,
+        learner__ema={"decay": 0.5},
+    )  # fmt: skip
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
     at_url, cluster = bucket / config.name, [sys.executable, "-m", "cluster"]

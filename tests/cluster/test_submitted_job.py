@@ -116,44 +116,45 @@ def submit(head: Head, root: Path, *entrypoint: str) -> subprocess.CompletedProc
     return done
 
 
-def test_a_submitted_job_trains(head: Head, tiny_model_folder: Path, tmp_path: Path, repo_root: Path) -> None:
+def test_a_submitted_job_trains_and_mirrors_its_folder_to_a_url(
+    head: Head, tiny_model_folder: Path, tmp_path: Path, repo_root: Path
+) -> None:
+    url = f"file://{tmp_path}/bucket"
     done = submit(
         head, repo_root, "python", "-m", "cluster", "train", "configs/playground_grpo.yaml", *SMALL, "name=job",
-        f"model.path={tiny_model_folder}", f"runs_dir={tmp_path}", "prompts.source=text",
+        f"model.path={tiny_model_folder}", f"runs_dir={url}", "prompts.source=text",
         "prompts.path=configs/example_prompts.txt", "prompts.held_out_fraction=0.3",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout
-    summary = json.loads((tmp_path / "job" / "summary.json").read_text())
-    assert (summary["outcome"], summary["steps"], summary["images_trained"]) == ("finished", 2, 12)
-    with closing(LedgerReader(tmp_path / "job" / "ledger.sqlite")) as ledger:
-        assert ledger.books().balanced
-        prompts = {ledger.prompt(row.group_id).text for row in ledger.rows()}
-    assert prompts <= set((repo_root / "configs" / "example_prompts.txt").read_text().splitlines())
-    uploaded = next(head.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/cluster")).parent
-    assert sum(path.stat().st_size for path in uploaded.rglob("*.*")) < UPLOAD_LIMIT
-    assert not {"tests", "docs", ".git", ".venv", "runs"} & {path.name for path in uploaded.iterdir()}
-
-
-def test_a_run_joins_by_address_and_mirrors_its_folder_to_a_url(
-    head: Head, tiny_model_folder: Path, tmp_path: Path, repo_root: Path
-) -> None:
-    url = f"file://{tmp_path}/bucket"
-    command = [
-        sys.executable, "-m", "cluster", "train", "configs/playground_grpo.yaml", *SMALL, "name=mirrored",
-        f"model.path={tiny_model_folder}", f"runs_dir={url}", f"cluster.address={head.address}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=repo_root, env=head.env, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    mirror = tmp_path / "bucket" / "mirrored"
+    mirror = tmp_path / "bucket" / "job"
     names = {path.name for path in mirror.iterdir()}
     assert names >= {"config.yaml", "ledger.sqlite", "metrics.jsonl", "events.jsonl", "summary.json", "manifest.json"}
     assert list((mirror / "samples").glob("*.png"))
     assert not {"vaults", "stacks"} & names, "bytes of groups and stack dumps stay where the run is"
     with closing(LedgerReader(mirror / "ledger.sqlite")) as ledger:
         books = ledger.books()
+        prompts = {ledger.prompt(row.group_id).text for row in ledger.rows()}
     assert books.balanced
     assert books.trained == 12
-    opened = RunFolder.open(f"{url}/mirrored")
+    assert prompts <= set((repo_root / "configs" / "example_prompts.txt").read_text().splitlines())
+    opened = RunFolder.open(f"{url}/job")
     assert (latest_state(opened) / "param.safetensors").is_file()
-    assert json.loads(opened.summary.read_text())["outcome"] == "finished"
+    summary = json.loads(opened.summary.read_text())
+    assert (summary["outcome"], summary["steps"], summary["images_trained"]) == ("finished", 2, 12)
+    uploaded = next(head.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/cluster")).parent
+    assert sum(path.stat().st_size for path in uploaded.rglob("*.*")) < UPLOAD_LIMIT
+    assert not {"tests", "docs", ".git", ".venv"} & {path.name for path in uploaded.iterdir()}
+    assert [path.name for path in (uploaded / "runs").iterdir()] == [".prometheus"], "the job's own, not the runs here"
+
+
+@pytest.mark.long  # the job above joins the same cluster, by the address that Ray gives it
+def test_a_run_joins_by_address(head: Head, tiny_model_folder: Path, tmp_path: Path, repo_root: Path) -> None:
+    command = [
+        sys.executable, "-m", "cluster", "train", "configs/playground_grpo.yaml", *SMALL, "name=joined",
+        f"model.path={tiny_model_folder}", f"runs_dir={tmp_path}", f"cluster.address={head.address}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=repo_root, env=head.env, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    summary = json.loads((tmp_path / "joined" / "summary.json").read_text())
+    assert (summary["outcome"], summary["steps"], summary["images_trained"]) == ("finished", 2, 12)

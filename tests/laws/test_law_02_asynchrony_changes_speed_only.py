@@ -6,32 +6,42 @@ And a loop written here from the formulas, without Salon's policy, objective, cr
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from cluster.inprocess import start_in_process
+from contracts.config import RunConfig
 from contracts.seeds import Stream, derive_seed
-from tests.laws.run_kit import run_on_cluster, state_tensors, tiny_config
+from tests.laws.run_kit import events, run_on_cluster, state_tensors, tiny_config
 
 STEPS = 3
-
-
-GRADIENT = {
-    "scorers": [{"name": "brightness", "serve": "tests.cluster.own_scorers:Brightness"}],
-    "sampler__name": "ode",
+SETTINGS: dict[str, dict[str, Any]] = {
+    "alignprop": {
+        "scorers": [{"name": "brightness", "serve": "tests.cluster.own_scorers:Brightness"}], "sampler__name": "ode",
+    },
+}  # fmt: skip
+"""What an objective needs, in the cluster and in one process."""
+ON_CLUSTER: dict[str, dict[str, Any]] = {
+    "nft": {"weights__transport": "collective", "rollout__actors": 2, "rollout__cpus_per_actor": 0.5},
+    "ppo": {"eval__before": True, "eval__every_steps": 1, "eval__during_prompts": 3},
 }
+"""What the cluster does besides, which must change no weight: two actors that get theirs by host copies over real gloo;
+evaluations before and beside the training."""
 
 
 @pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize("objective", ["grpo", "nft", "ppo", "dpo", "alignprop"])
 def test_cluster_run_equals_in_process_run_bit_for_bit(objective: str, tiny_model_folder: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_model_folder, tmp_path, objective, **(GRADIENT if objective == "alignprop" else {}))
+    settings = SETTINGS.get(objective, {})
+    config = tiny_config(tiny_model_folder, tmp_path, objective, **settings, **ON_CLUSTER.get(objective, {}))
     summary = run_on_cluster(config)
     assert summary["steps"] == STEPS
     assert summary["max_staleness_seen"] == 0
-    run = start_in_process(config)
+    check_circumstances(objective, config, summary)
+    run = start_in_process(tiny_config(tiny_model_folder, tmp_path, objective, **settings))
     for _ in range(STEPS):
         run.step()
     run.learner.save_state(tmp_path / "reference")
@@ -41,6 +51,20 @@ def test_cluster_run_equals_in_process_run_bit_for_bit(objective: str, tiny_mode
     assert len(reference) > 10
     different = [name for name in reference if not np.array_equal(cluster_state[name], reference[name])]
     assert different == []
+
+
+def check_circumstances(objective: str, config: RunConfig, summary: dict[str, Any]) -> None:
+    """What the cluster was to do besides has been done."""
+    if objective == "nft":
+        assert [len(event["processes"]) for event in events(config, "host_copies")] == [1], "one copy a node"
+        assert events(config, "host_copies_lost") == []
+        assert {event["version"] for event in events(config, "weights_proven")} >= {1, 2}
+    if objective == "ppo":
+        assert summary["held_out_strict_before"] is not None
+        measured = [event for event in events(config, "evaluation") if event["tag"].startswith("step ")]
+        assert measured, "every step was due"
+        assert {event["result"]["num_images"] for event in measured} == {3}
+        assert events(config, "evaluation_failed") == []
 
 
 def test_weights_change_so_that_equality_means_something(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from tests.learner.learner_harness import (
 LR, STEPS, UPDATES = 1e-3, 2, 2
 INVALID = {0: [0, 3], 1: [1, 2], 4: [0, 1, 2]}  # 5 groups of 4 in fours: one rank has 3 micro-batches, the other 2
 OBJECTIVES: dict[str, dict[str, Any]] = {"grpo": {"name": "grpo", "kl_beta": 0.04}, "nft": {"name": "nft"}}
-TOY_STEPS = 24
+TOY_STEPS = 12
 
 STAGES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
 IDS = [pytest.param(name, marks=[] if stage is None else needs_deepspeed) for name, stage in STAGES.items()]
@@ -73,7 +73,7 @@ def learn_brightness(rank: int, world: int, folder: str, engine: dict[str, Any],
     config = make_config(
         folder, {"name": "grpo", "clip_range": 1e-3}, sampler={"steps": 4, "noise_level": 1.0},
         rollout={"groups_per_step": 2, "group_size": 8, "micro_batch": 8},
-        learner={**engine, "ranks": world, "optimizer": {"lr": 2e-3}},
+        learner={**engine, "ranks": world, "optimizer": {"lr": 4e-3}},
     )  # fmt: skip
     learner, painter = RankLearner(config, rank, world), Painter(config)
     painter.policy = replace(learner.policy, module=learner.engine.module)  # every rank paints the same, in step

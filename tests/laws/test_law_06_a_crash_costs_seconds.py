@@ -205,6 +205,7 @@ def undisturbed(config: RunConfig, steps: int) -> ExactLearner:
     return learner
 
 
+@pytest.mark.long  # tests/cluster/test_resume_from_url.py does it, and with less left: without the local folder
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kill_9_of_everything_and_resume_with_the_real_model(

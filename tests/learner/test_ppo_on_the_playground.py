@@ -15,7 +15,7 @@ from cluster.inprocess import start_in_process
 from contracts.config import load_config
 from playground.world.prompts import prompt_stream
 
-STEPS = 16
+STEPS = 12
 
 
 def write_prompts(path: Path, num: int) -> None:
