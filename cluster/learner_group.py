@@ -187,6 +187,8 @@ class LearnerGroup:
         cause = root_cause(error)
         if isinstance(cause, LearnerError | NotStored):
             return cause
+        if isinstance(cause, ActorGone):  # another one's; Ray's error of a full memory is called like that of torch
+            return RankLost(f"learner rank {index} called an actor that died: {how(cause)}")
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, outside what is repeated with half the micro-batch
             return LearnerError(f"learner rank {index} is out of memory; lower learner.micro_batch, or add ranks")
         if self.config.learner.ranks > 1 and _is_collective_error(cause):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from cluster.context import Scored
 from cluster.deaths import how
@@ -69,6 +69,18 @@ def test_a_rank_is_lost_and_its_peers_errors_are_explained(error: Exception, tmp
         results[1].set_exception(error)
         with pytest.raises(RankLost, match=r"learner ranks \[1\] died: .*(memory is full|died unexpectedly)"):
             await group._gather(results, 5)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [FULL, ActorDiedError()])
+def test_a_rank_that_called_a_dead_actor_is_rebuilt_and_not_told_to_need_less(error: Exception, tmp_path: Path) -> None:
+    async def run() -> None:
+        group = LearnerGroup(config_of(tmp_path), {}, ())
+        result: Any = asyncio.get_running_loop().create_future()
+        result.set_exception(RayTaskError("update", "traceback", error))
+        with pytest.raises(RankLost, match=r"rank 0 called an actor that died: .*(memory is full|died unexpectedly)"):
+            await group._gather([result], 5)
 
     asyncio.run(run())
 
