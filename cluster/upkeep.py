@@ -20,7 +20,7 @@ OBSERVE_S = 5.0
 """Seconds between rounds over what nobody reports unasked."""
 
 MIRROR_S = 30.0
-"""Seconds between uploads of a run folder that lives at a URL."""
+"""Longest time between uploads of a run folder that lives at a URL; a stall's stacks are uploaded at once."""
 
 
 class Upkeep:
@@ -29,11 +29,15 @@ class Upkeep:
     def __init__(
         self, context: RunContext, fruitless: Fruitless, watchdog: Any, observe: Callable[[], Awaitable[None]]
     ) -> None:
-        """watchdog: is told of every step; observe: exports what nobody reports unasked."""
+        """watchdog: is told of every step, and knows how often it has dumped stacks.
+
+        observe: exports what nobody reports unasked.
+        """
         self._context, self._fruitless, self._watchdog, self._observe = context, fruitless, watchdog, observe
         self._room = RoomKeeper(context)
         self._last_step = context.step
         self._last_mirrored = self._last_observed = time.monotonic()
+        self._last_dumps = 0
         self._beside: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -79,8 +83,9 @@ class Upkeep:
             if now - self._last_observed > OBSERVE_S:
                 self._last_observed = now
                 await self._observe()
-            if context.folder.url is not None and now - self._last_mirrored > MIRROR_S:
-                self._last_mirrored = now
+            dumps = self._watchdog.num_dumps
+            if context.folder.url is not None and (now - self._last_mirrored > MIRROR_S or dumps > self._last_dumps):
+                self._last_mirrored, self._last_dumps = now, dumps
                 await asyncio.to_thread(context.folder.sync)
         except Exception as error:  # of whatever stands behind a URL
             context.telemetry.event("upkeep_failed", error=f"{type(error).__name__}: {error}"[:300])

@@ -194,7 +194,9 @@ def test_the_weights_are_those_of_an_undisturbed_run(fire: Fire) -> None:
 
 
 def undisturbed(config: RunConfig, steps: int) -> ExactLearner:
-    """The same steps in one process."""
+    """The same steps in one process, painted at once."""
+    at_once = config.prompts.model_copy(update={"options": {"paint_s": 0.0}})
+    config = config.model_copy(update={"prompts": at_once})
     learner = ExactLearner(config, 0, 1)
     run = InProcessRun(
         config, ExactPainter(config), learner, make_source(config), LocalJury(config), make_credit(config)
