@@ -4,7 +4,7 @@ Loss and gradient norm of one plain rank, two plain ranks (data parallel) and tw
 1e-5 relative and weights to 0.02 * lr * updates, with unequal numbers of valid rows a rank; and under each of them
 training on rewards beats the same run with advantages shuffled within groups.
 
-About 40 s on two idle cores, and 40 s more where DeepSpeed compiles its op first.
+About 25 s on two idle cores, and 40 s more where DeepSpeed compiles its op first.
 """
 
 from __future__ import annotations
