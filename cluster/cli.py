@@ -188,8 +188,10 @@ def methods(as_json: bool, kind: str | None) -> None:
 def export(run: str, out: str | None, lora: bool, weights: Weights) -> None:
     """Write the trained weights of RUN as files that diffusers loads."""
     from cluster.export import export_run
+    from contracts.startup import collector_paused
 
-    click.echo(export_run(run, out, lora=lora, weights=weights))
+    with collector_paused():
+        click.echo(export_run(run, out, lora=lora, weights=weights))
 
 
 for command in (*COMMANDS, jury):

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.checks.headers import read_model_card
 from cluster.evaluate import EvalResult, base_sampling, evaluate_in_process, require_judged, rollout_sampling
 from cluster.export import read_weights, weights_file
 from cluster.run_folder import RunFolder
 from cluster.validate import check_evaluation, refuse
-from contracts.config import load_config
+from contracts.config import RunConfig, load_config
 from contracts.errors import ConfigError
+from contracts.startup import collector_paused
 from playground.world.scenes import SIZE
+
+if TYPE_CHECKING:
+    from actors.painter import Painter
 
 PLAYGROUND = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 """What a pipeline folder is evaluated by unless told otherwise, wherever the command is called from."""
@@ -30,24 +35,30 @@ def evaluate_target(target: str, overrides: Sequence[str] = (), config_path: str
     (`eval.num_prompts=50`). Raises ConfigError(s) when it is neither or does not fit, ScoringError when nothing could
     be judged.
     """
-    from actors.painter import Painter
-
     if _is_pipeline(target):
         if config_path is None:
             _refuse_other_images(Path(target))
         config = load_config(config_path or PLAYGROUND, [*overrides, f"model.path={target}"])
         refuse(check_evaluation(config))
         sampling = config.eval.sampling or base_sampling(config)
-        return require_judged(config, evaluate_in_process(config, Painter(config), sampling, config.eval.num_prompts))
+        painter = _make_painter(config)
+        return require_judged(config, evaluate_in_process(config, painter, sampling, config.eval.num_prompts))
     folder = _open_run(target)
     config = load_config(folder.config, overrides)
     refuse(check_evaluation(config))
     file = weights_file(folder, config, "evaluated")
-    painter = Painter(config)
+    painter = _make_painter(config)
     read_weights(painter.policy, file)
     return require_judged(
         config, evaluate_in_process(config, painter, rollout_sampling(config), config.eval.num_prompts)
     )
+
+
+def _make_painter(config: RunConfig) -> Painter:
+    with collector_paused():
+        from actors.painter import Painter
+
+        return Painter(config)
 
 
 def _refuse_other_images(folder: Path) -> None:

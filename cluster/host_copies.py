@@ -31,6 +31,7 @@ from cluster.refs import value
 from contracts.config.learner import WeightsConfig
 from contracts.digests import digest_arrays
 from contracts.errors import WeightsError, WeightsTimeout
+from contracts.startup import collector_paused
 from contracts.wire import Message, WeightOffer
 
 START_TIMEOUT_S = 120.0
@@ -145,7 +146,8 @@ class HostCopy:
     """One node's copy of the published weights."""
 
     def __init__(self) -> None:
-        import torch.distributed  # noqa: F401  (slow: done before anyone waits for a broadcast)
+        with collector_paused():
+            import torch.distributed  # noqa: F401  (slow: done before anyone waits for a broadcast)
 
         from cluster.processes import limit_threads, prepare_process
 

@@ -15,6 +15,7 @@ import ray
 from contracts import registry
 from contracts.config.online import TRAINERS
 from contracts.errors import NotStored
+from contracts.startup import collector_paused
 from contracts.versions import Files, Version
 from contracts.wire import GroupHeader
 
@@ -32,8 +33,9 @@ class OnlineHost:
         from cluster.processes import limit_threads, prepare_process
 
         prepare_process(f"online-{config.scorer}")
-        trainer = registry.import_target(TRAINERS[config.name])(with_judge(config), options, seed)
-        loop = registry.import_target("reward_servers.online.loop:OnlineLoop")
+        with collector_paused():
+            trainer = registry.import_target(TRAINERS[config.name])(with_judge(config), options, seed)
+            loop = registry.import_target("reward_servers.online.loop:OnlineLoop")
         limit_threads(max(1, int(config.cpus)))
         self.loop: Any = loop(trainer, config.queue_groups, config.updates_per_step, LABEL_THREADS)
         self.vaults = dict(vaults)

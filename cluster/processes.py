@@ -1,5 +1,4 @@
-"""What every process of a run does first: few collections, stack dumps on request, /metrics, thread limits; and what it
-says of itself.
+"""What every process of a run does first: stack dumps on request, /metrics, thread limits; and what it says of itself.
 
 Does not own: who dumps stacks and when (telemetry/watchdog.py), what /metrics tells (telemetry/process.py).
 """
@@ -14,15 +13,13 @@ from typing import Any
 from contracts import stacks
 from contracts.config import RunConfig
 from contracts.digests import digest_text
-from contracts.startup import collect_seldom
 
 
 def prepare_process(name: str, metrics: bool = True) -> None:
-    """Start quickly, and let the watchdog find this process: its stacks go to SALON_STACKS/<name>-<pid>.txt on request.
+    """Let the watchdog find this process: its stacks go to SALON_STACKS/<name>-<pid>.txt on request.
 
     metrics: answer /metrics too; False for a process with an exporter of its own.
     """
-    collect_seldom()
     if metrics:
         from cluster.telemetry import process
 

@@ -28,6 +28,7 @@ from contracts.config.scoring import ScorerConfig
 from contracts.digests import digest_images
 from contracts.errors import VaultFull, WeightsTimeout
 from contracts.spans import SpanLog, wall_clock
+from contracts.startup import collector_paused
 from contracts.versions import Files
 from contracts.wire import PaintReceipt, PromptSpec, PromptTask, Source, StepReport, WeightOffer, WeightProof
 from learner.state_writer import FileDigests, PendingSave
@@ -101,7 +102,8 @@ class ActorWorker:
 
         prepare_process(name)
         self.name, self.config, self.vaults = name, config, dict(vaults)
-        self.painter = registry.import_target(painter)(config)
+        with collector_paused():
+            self.painter = registry.import_target(painter)(config)
         limit_threads(config.rollout.threads)
         self.pending = _PendingWeights()
         self.denoising = threading.Lock()
@@ -243,9 +245,10 @@ class RankWorker:
         )
         from cluster.processes import limit_threads
 
-        learner_class = registry.import_target(self.target)
-        limit_threads(self.config.learner.threads)
-        self.learner = learner_class(self.config, self.rank, world, score_gradient=self._score_gradient())
+        with collector_paused():
+            learner_class = registry.import_target(self.target)
+            limit_threads(self.config.learner.threads)
+            self.learner = learner_class(self.config, self.rank, world, score_gradient=self._score_gradient())
         if state is not None:
             self.learner.load_state(learner_files_here(Path(state), self.config))
         if halved:

@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from contracts.startup import collect_seldom
 from reward_servers.judging.cli import judge
 from reward_servers.leash import die_with_parent
 from reward_servers.reporting import tell_in_one_line
@@ -145,5 +144,4 @@ def _serve(
 
 
 if __name__ == "__main__":
-    collect_seldom()
     cli(prog_name="python -m reward_servers")

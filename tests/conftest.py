@@ -16,20 +16,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if sys.prefix != sys.base_prefix:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from contracts.startup import collect_seldom
+from contracts.startup import collector_paused
 from tests import kept_ray
-
-collect_seldom()
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_RUNS = ("laws", "ops", "cluster")
 SHARING = pytest.StashKey[set[Path]]()
 """Modules whose tests share a Ray."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nearly everything is imported by now or will be in it."""
+    with collector_paused():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
 
@@ -68,20 +69,20 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
     The connection may be used from any thread, one at a time: an asyncio Ray actor is constructed in another thread
     than the one its methods run in.
     """
-    lock = _take_lock(path)
-    try:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        # All of it or nothing: neither a kill half-way nor a reader beside it may find a ledger that lacks an entry.
-        db.executescript(f"BEGIN IMMEDIATE;{_TABLES}{_META}COMMIT;")
-        _check_format(db, path)
-    except sqlite3.DatabaseError as error:
-        os.close(lock)
-        raise LedgerError(f"{path} is not a readable ledger: {error}") from error
-    except LedgerError:
-        os.close(lock)
-        raise
+    with ExitStack() as undo:
+        lock = _take_lock(path)
+        undo.callback(os.close, lock)
+        try:
+            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            undo.callback(db.close)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            # All of it or nothing: neither a kill half-way nor a reader beside it may find a ledger lacking an entry.
+            db.executescript(f"BEGIN IMMEDIATE;{_TABLES}{_META}COMMIT;")
+            _check_format(db, path)
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{path} is not a readable ledger: {error}") from error
+        undo.pop_all()
     return db, lock
 
 
@@ -91,11 +92,14 @@ def open_reader(path: Path) -> sqlite3.Connection:
         raise LedgerError(f"there is no ledger at {path}")
     # Reading a WAL file needs its shared-memory file beside it; where none can be made, nobody writes either.
     mode = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
-    try:
-        db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True, check_same_thread=False)
-        _check_format(db, path)
-    except sqlite3.DatabaseError as error:
-        raise LedgerError(f"{path} is not a readable ledger: {error}") from error
+    with ExitStack() as undo:
+        try:
+            db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True, check_same_thread=False)
+            undo.callback(db.close)
+            _check_format(db, path)
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{path} is not a readable ledger: {error}") from error
+        undo.pop_all()
     return db
 
 

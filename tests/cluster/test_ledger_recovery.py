@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.ledger import Ledger, LedgerReader, schema
@@ -130,8 +131,9 @@ def test_what_a_kill_left_of_a_new_ledger_is_completed(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.executescript("CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;")
-    with pytest.raises(LedgerError, match="no format"):
+    with pytest.raises(LedgerError, match="no format") as refused:
         LedgerReader(path)
+    assert [file.path for file in psutil.Process().open_files() if file.path == str(path)] == [], refused
     with closing(Ledger(path)) as ledger:
         assert ledger.books().balanced
 

@@ -31,7 +31,7 @@ class OwnTime(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self.now, self.threads = 0.0, 0
-        super().__init__(selectors.SelectSelector())
+        super().__init__(selectors.DefaultSelector())
         self.really_select = self._selector.select
         self._selector.select = self.select
 
