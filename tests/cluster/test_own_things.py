@@ -281,6 +281,7 @@ def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pi
     assert summary["steps"] >= 1
     gone = sum(summary["images_discarded"].values())
     assert summary["images_painted"] == summary["images_trained"] + gone + summary["images_alive"], "a resume has them"
+    assert desk.rows("warm")[0]["score_outcomes_total/contrast/ok"] > 0, "the function read each row's metadata"
     left = {text.split()[0] for text in desk.prompts("warm")}
     assert left == {"cat", "dog"}
 
@@ -288,7 +289,6 @@ def test_a_warm_start_on_an_own_model_ends_on_sigterm_and_goes_on(desk: Desk, pi
     resumed = desk.type(*command)  # as a scheduler repeats it
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (desk.summary("warm")["outcome"], desk.summary("warm")["steps"]) == ("finished", summary["steps"] + 1)
-    assert desk.rows("warm")[-1]["score_outcomes_total/contrast/ok"] > 0, "the function read each row's metadata"
     nothing_left = desk.type(*command)
     assert nothing_left.returncode == 0, nothing_left.stderr
     assert "is finished" in nothing_left.stdout
