@@ -12,7 +12,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -69,20 +70,16 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
     The connection may be used from any thread, one at a time: an asyncio Ray actor is constructed in another thread
     than the one its methods run in.
     """
-    with ExitStack() as undo:
+    with _opening(path) as undo:
         lock = _take_lock(path)
         undo.callback(os.close, lock)
-        try:
-            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            undo.callback(db.close)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            # All of it or nothing: neither a kill half-way nor a reader beside it may find a ledger lacking an entry.
-            db.executescript(f"BEGIN IMMEDIATE;{_TABLES}{_META}COMMIT;")
-            _check_format(db, path)
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(f"{path} is not a readable ledger: {error}") from error
-        undo.pop_all()
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        undo.callback(db.close)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        # All of it or nothing: neither a kill half-way nor a reader beside it may find a ledger that lacks an entry.
+        db.executescript(f"BEGIN IMMEDIATE;{_TABLES}{_META}COMMIT;")
+        _check_format(db, path)
     return db, lock
 
 
@@ -92,15 +89,22 @@ def open_reader(path: Path) -> sqlite3.Connection:
         raise LedgerError(f"there is no ledger at {path}")
     # Reading a WAL file needs its shared-memory file beside it; where none can be made, nobody writes either.
     mode = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
+    with _opening(path) as undo:
+        db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True, check_same_thread=False)
+        undo.callback(db.close)
+        _check_format(db, path)
+    return db
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[ExitStack]:
+    """What was opened within is closed if the rest fails. Raises LedgerError for SQLite's errors."""
     with ExitStack() as undo:
         try:
-            db = sqlite3.connect(f"file:{quote(str(path.resolve()))}?{mode}", uri=True, check_same_thread=False)
-            undo.callback(db.close)
-            _check_format(db, path)
+            yield undo
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{path} is not a readable ledger: {error}") from error
         undo.pop_all()
-    return db
 
 
 def _take_lock(path: Path) -> int:
